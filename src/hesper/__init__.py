@@ -1,0 +1,3 @@
+"""Hesper: Hessian-guided pruning for edge runtimes."""
+
+__version__ = "0.1.0"

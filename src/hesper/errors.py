@@ -1,0 +1,27 @@
+"""What can go wrong, sorted by whose turn it is: the caller's (exit code 2) or the job's (exit code 1)."""
+
+from __future__ import annotations
+
+__all__ = ["HesperError", "JobError", "UsageError"]
+
+
+class HesperError(Exception):
+    """Any failure hesper explains in one sentence; ``exit_code`` is what the command line ends with.
+
+    >>> UsageError("no such folder").exit_code, JobError("the disk is full").exit_code
+    (2, 1)
+    """
+
+    exit_code: int = 1
+
+
+class UsageError(HesperError):
+    """The request or its input is wrong: the caller can mend it."""
+
+    exit_code: int = 2
+
+
+class JobError(HesperError):
+    """The request was right, but the job could not be done."""
+
+    exit_code: int = 1

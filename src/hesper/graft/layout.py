@@ -1,0 +1,87 @@
+"""How the tokens of a batch lie in memory: rows packed image after image, no padding between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Counts of tokens per image; the ``prefix`` tokens of an image come first in its run of rows.
+
+    Example:
+        >>> layout = Layout((3, 2), prefix=1)
+        >>> layout.rows, layout.bounds, layout.rectangular
+        (5, (0, 3, 5), False)
+        >>> layout.padded(torch.tensor([10.0, 11.0, 12.0, 20.0, 21.0])).tolist()
+        [[11.0, 12.0], [21.0, 21.0]]
+    """
+
+    counts: tuple[int, ...]
+    prefix: int
+    device: torch.device | None = None
+
+    @cached_property
+    def bounds(self) -> tuple[int, ...]:
+        """First row of every image, and one past the last."""
+        out = [0]
+        for count in self.counts:
+            out.append(out[-1] + count)
+        return tuple(out)
+
+    @property
+    def rows(self) -> int:
+        """Rows in all."""
+        return self.bounds[-1]
+
+    @property
+    def rectangular(self) -> bool:
+        """Whether all images have equally many tokens."""
+        return min(self.counts) == max(self.counts)
+
+    @cached_property
+    def patches(self) -> Tensor:
+        """``[images]`` patch tokens per image."""
+        return torch.tensor(self.counts, device=self.device) - self.prefix
+
+    @cached_property
+    def _steps(self) -> Tensor:
+        return torch.arange(max(self.counts) - self.prefix, device=self.device)
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """``[images, most patches]``: which places of the padded form hold a token."""
+        return self._steps[None] < self.patches[:, None]
+
+    @cached_property
+    def index(self) -> Tensor:
+        """``[images, most patches]`` row of each patch token; places past an image's end repeat its last row."""
+        first = torch.tensor(self.bounds[:-1], device=self.device) + self.prefix
+        return first[:, None] + torch.minimum(self._steps[None], (self.patches[:, None] - 1).clamp_min(0))
+
+    @cached_property
+    def image(self) -> Tensor:
+        """``[rows]`` which image each row belongs to."""
+        return torch.repeat_interleave(torch.arange(len(self.counts), device=self.device), torch.tensor(self.counts, device=self.device))
+
+    def padded(self, rows: Tensor) -> Tensor:
+        """Patch rows ``[rows, ...]`` as ``[images, most patches, ...]``; a view where nothing is ragged."""
+        if self.rectangular:
+            return rows.view(len(self.counts), self.counts[0], *rows.shape[1:])[:, self.prefix :]
+        return rows[self.index]
+
+    def prefix_rows(self, rows: Tensor) -> Tensor:
+        """Prefix rows ``[images, prefix, ...]``."""
+        if self.rectangular:
+            return rows.view(len(self.counts), self.counts[0], *rows.shape[1:])[:, : self.prefix]
+        first = torch.tensor(self.bounds[:-1], device=self.device)
+        return rows[first[:, None] + torch.arange(self.prefix, device=self.device)]
+
+    def with_counts(self, counts: Sequence[int]) -> Layout:
+        """The same images with other counts."""
+        return Layout(tuple(int(c) for c in counts), self.prefix, self.device)

@@ -1,0 +1,90 @@
+"""Pure arithmetic on token sets: price pairs, select, merge, drop. Knows no host and no plan.
+
+Tensors are ``[images, tokens, ...]`` of patch tokens only; ``valid`` marks the tokens that exist, so that images
+with different counts can be decided together. Decide once, apply to anything: :func:`merged` and :func:`kept`
+carry a decision out on any per-token tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INFINITY = float("inf")
+
+
+def ward_prices(points: Tensor, size: Tensor, weight: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Prices of merging each odd token into its cheapest even token, by Ward's linkage with token curvatures.
+
+    With sizes s, curvatures w and displacement towards the size-weighted mean, a merge of i and j costs
+
+        s_i w_i |delta_i|^2 + s_j w_j |delta_j|^2 = |y_i - y_j|^2 s_i s_j (w_i s_j + w_j s_i) / (s_i + s_j)^2
+
+    where y are the tokens in coordinates in which the curvature metric is the identity. Alternate tokens are sources
+    (odd) and destinations (even), as in bipartite soft matching (ToMe, arXiv 2210.09461, section 3), so that no
+    destination ever moves. Ward (1963), "Hierarchical grouping to optimize an objective function".
+
+    Args:
+        points: ``[images, tokens, rank]``.
+        size: ``[images, tokens]``, how many original tokens each stands for.
+        weight: ``[images, tokens]``, token curvature relative to the metric.
+        valid: ``[images, tokens]`` bool.
+
+    Returns:
+        Prices ``[images, sources]`` (infinite where source or every destination is missing) and the index of the
+        destination, counted in tokens, of the same shape.
+
+    Example:
+        >>> y = torch.tensor([[[0.0], [0.1], [9.0], [5.0]]])
+        >>> one = torch.ones(1, 4)
+        >>> price, to = ward_prices(y, one, one, one > 0)
+        >>> to.tolist()
+        [[0, 2]]
+    """
+    s_from, s_to = size[:, 1::2, None], size[:, None, ::2]
+    w_from, w_to = weight[:, 1::2, None], weight[:, None, ::2]
+    share = s_from / (s_from + s_to)
+    cost = squared_distances(points[:, 1::2], points[:, ::2])
+    cost = cost.mul_(share * (1 - share)).mul_(w_from * s_to + w_to * s_from)
+    cost = cost.masked_fill_(~valid[:, None, ::2], INFINITY)
+    price, to = cost.min(-1)
+    return price.masked_fill(~valid[:, 1::2], INFINITY), to * 2
+
+
+def similarity_prices(points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """One minus the cosine of each odd token to its most similar even token (ToMe, arXiv 2210.09461, section 3.1).
+
+    Returns:
+        Prices ``[images, sources]`` and destinations, as :func:`ward_prices`.
+
+    Example:
+        >>> y = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]])
+        >>> price, to = similarity_prices(y, torch.ones(1, 3, dtype=torch.bool))
+        >>> price.tolist(), to.tolist()
+        ([[0.0]], [[2]])
+    """
+    unit = torch.nn.functional.normalize(points, dim=-1)
+    cost = 1 - unit[:, 1::2] @ unit[:, ::2].transpose(-2, -1)
+    price, to = cost.masked_fill(~valid[:, None, ::2], INFINITY).min(-1)
+    return price.masked_fill(~valid[:, 1::2], INFINITY), to * 2
+
+
+def squared_distances(left: Tensor, right: Tensor) -> Tensor:
+    """Squared Euclidean distances ``[images, m, n]`` of rows, by one matrix product, never negative."""
+    norms = left.square().sum(-1)[:, :, None] + right.square().sum(-1)[:, None, :]
+    return torch.baddbmm(norms, left, right.transpose(-2, -1), alpha=-2).clamp_min_(0)
+
+
+def cheapest(price: Tensor, *, threshold: float | None, remove: int | None) -> Tensor:
+    """Which candidates go: all priced below ``threshold``, or exactly the ``remove`` cheapest of each image.
+
+    Example:
+        >>> cheapest(torch.tensor([[3.0, 1.0, 2.0]]), threshold=None, remove=2).tolist()
+        [[False, True, True]]
+    """
+    if threshold is not None:
+        return price < threshold
+    count = min(remove or 0, price.shape[-1])
+    # Ties at the last place must not let more tokens go in one image than in another: counts are rectangular.
+    order = price.topk(count, dim=-1, largest=False, sorted=False).indices
+    return torch.zeros_like(price, dtype=torch.bool).scatter(-1, order, True)

@@ -1,0 +1,71 @@
+"""Multiply-accumulate counts of what really runs, as a function of token and head counts. Knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hesper.plan import Anatomy
+
+Counts = NDArray[np.int64]
+
+
+def block_macs(anatomy: Anatomy, heads: int, attended: Counts, queries: Counts, fed: Counts) -> Counts:
+    """MACs of one block in which ``queries`` tokens attend to ``attended`` tokens and ``fed`` tokens pass the MLP.
+
+    With width d, head width e = heads * head_dim, hidden width f:
+
+        2 N d e + Q d e + 2 Q N e + Q e d + 2 M d f
+
+    which for N = Q = M, e = d and f = 4d is the usual 4 N d^2 + 2 N^2 d + 8 N d^2.
+
+    Example:
+        >>> tiny = Anatomy(12, 192, 3, 64, 768, 197, 1, 1000, 768, (224, 224), (14, 14), False)
+        >>> n = np.array([197])
+        >>> int(block_macs(tiny, 3, n, n, n)[0]) == 12 * 197 * 192**2 + 2 * 197**2 * 192
+        True
+    """
+    width, inner = anatomy.width, heads * anatomy.head_dim
+    linear = (2 * attended + 2 * queries) * width * inner
+    mixing = 2 * queries * attended * inner
+    feed = 2 * fed * width * anatomy.mlp_width
+    return linear + mixing + feed
+
+
+def fixed_macs(anatomy: Anatomy) -> int:
+    """MACs that no plan changes: patch embedding and classifier."""
+    patches = anatomy.tokens - anatomy.prefix_tokens
+    return patches * anatomy.patch_values * anatomy.width + anatomy.width * anatomy.classes
+
+
+def dense_macs(anatomy: Anatomy) -> int:
+    """MACs per image of the dense model.
+
+    Example:
+        >>> dense_macs(Anatomy(12, 192, 3, 64, 768, 197, 1, 1000, 768, (224, 224), (14, 14), False))
+        1253683200
+    """
+    every = np.array([anatomy.tokens], dtype=np.int64)
+    return anatomy.depth * int(block_macs(anatomy, anatomy.heads, every, every, every)[0]) + fixed_macs(anatomy)
+
+
+def model_macs(anatomy: Anatomy, heads: Sequence[int], attended: Counts, queries: Counts, fed: Counts, deciding: Counts) -> Counts:
+    """MACs per image of a cut model, the cost of deciding included.
+
+    Args:
+        anatomy: the dense model's.
+        heads: heads left in each block.
+        attended: ``[images, depth]`` tokens that keys and values are computed for.
+        queries: ``[images, depth]`` tokens that attend.
+        fed: ``[images, depth]`` tokens that pass the MLP.
+        deciding: ``[images]`` MACs spent on pricing, matching and merging.
+
+    Returns:
+        ``[images]`` counts.
+    """
+    total = deciding + fixed_macs(anatomy)
+    for block, count in enumerate(heads):
+        total = total + block_macs(anatomy, count, attended[:, block], queries[:, block], fed[:, block])
+    return total

@@ -1,0 +1,48 @@
+"""The plan: what is cut from a model, as plain words. Nothing here needs torch."""
+
+from hesper.plan.show import render
+from hesper.plan.toml import dumps, loads, plan_hash, read_plan
+from hesper.plan.validate import validate
+from hesper.plan.vocabulary import (
+    SCHEMA,
+    Anatomy,
+    Budget,
+    BudgetKind,
+    Combine,
+    Estimate,
+    HeadCut,
+    Measured,
+    ModelRef,
+    OperatingPoint,
+    Plan,
+    Pricing,
+    Provenance,
+    Schedule,
+    TokenCut,
+    empty_plan,
+)
+
+__all__ = [
+    "SCHEMA",
+    "Anatomy",
+    "Budget",
+    "BudgetKind",
+    "Combine",
+    "Estimate",
+    "HeadCut",
+    "Measured",
+    "ModelRef",
+    "OperatingPoint",
+    "Plan",
+    "Pricing",
+    "Provenance",
+    "Schedule",
+    "TokenCut",
+    "dumps",
+    "empty_plan",
+    "loads",
+    "plan_hash",
+    "read_plan",
+    "render",
+    "validate",
+]

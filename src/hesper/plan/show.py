@@ -1,0 +1,143 @@
+"""A plan on one screen of 80 columns and 40 lines, as plain text."""
+
+from __future__ import annotations
+
+import textwrap
+
+from hesper.plan.toml import plan_hash
+from hesper.plan.vocabulary import Budget, Estimate, HeadCut, Plan, TokenCut
+
+__all__ = ["render"]
+
+_COLUMNS, _LINES = 80, 40
+_LABEL = 10
+_BAR = 20
+_STATEMENT_LINES = 3
+
+
+def render(plan: Plan) -> str:
+    """The plan for people: what was asked, what was measured, and a line per block; at most 40 lines of 80 columns."""
+    head = [*_title(plan), "", *_asked(plan), *_measured(plan), ""]
+    table = _table(plan, _LINES - len(head) - 2)
+    return "\n".join(_clip(_printable(line), _COLUMNS).rstrip() for line in [*head, *table]) + "\n"
+
+
+def _title(plan: Plan) -> list[str]:
+    anatomy, made = plan.model.anatomy, plan.provenance
+    shape = f"{anatomy.depth} blocks, {anatomy.heads} heads, width {anatomy.width}, {anatomy.tokens} tokens"
+    return [
+        f"Plan {plan_hash(plan)[:12]} for {plan.model.name} ({plan.model.library})",
+        *_labelled("model", shape),
+        *_labelled("made", f"{made.created}, hesper {made.hesper}, torch {made.torch}, seed {made.seed}"),
+        *_labelled("data", f"{made.data_sha256[:12]}: {made.fit_images} images to fit, {made.verify_images} to verify"),
+    ]
+
+
+def _asked(plan: Plan) -> list[str]:
+    lines = _labelled("asked", f"{_budget(plan.budget)}, {plan.schedule} schedule")
+    if plan.pricing is not None:
+        pricing = plan.pricing
+        text = f"criterion {pricing.criterion}, T = {pricing.temperature:g}, rank {pricing.rank}, gamma {pricing.gamma:g}"
+        lines += _labelled("priced", text)
+    if plan.expected_loss is not None:
+        lines += _labelled("expected", f"loss {_estimate(plan.expected_loss, ' nats')}")
+    return lines
+
+
+def _measured(plan: Plan) -> list[str]:
+    if plan.measured is None:
+        return _labelled("measured", "nothing yet")
+    measured = plan.measured
+    lines = [
+        *_labelled("measured", f"kept MACs  {_estimate(measured.macs)}"),
+        *_labelled("", f"drift KL   {_estimate(measured.drift_kl, ' nats')}"),
+        *_labelled("", f"agreement  {_estimate(measured.agreement)}"),
+    ]
+    statement = textwrap.wrap(measured.statement, _COLUMNS - _LABEL, max_lines=_STATEMENT_LINES, placeholder=" ...")
+    lines += [line for part in statement for line in _labelled("", part)]
+    if plan.points:
+        kept = [point.macs for point in plan.points]
+        lines += _labelled("dial", f"{len(kept)} operating points, kept MACs {min(kept):.3g} to {max(kept):.3g}")
+    return lines
+
+
+def _budget(budget: Budget) -> str:
+    limit = {
+        "macs": f"at most {budget.value:.4g} of the MACs",
+        "loss": f"at most {budget.value:.4g} nats of loss",
+        "disagreement": f"at most {budget.value:.4g} of the decisions changed",
+    }[budget.kind]
+    return f"{limit}, confidence {budget.confidence:g}"
+
+
+def _estimate(estimate: Estimate, unit: str = "") -> str:
+    return f"{estimate.mean:.4g} +- {estimate.stderr:.2g}{unit} (n = {estimate.n})"
+
+
+def _labelled(label: str, text: str) -> list[str]:
+    return [f"{label:<{_LABEL}}{text}"]
+
+
+def _table(plan: Plan, room: int) -> list[str]:
+    heads = {cut.block: cut for cut in plan.heads}
+    tokens = {cut.block: cut for cut in plan.tokens}
+    largest = {kind: max((_size(cut) for cut in plan.tokens if _kind(cut) == kind), default=0.0) for kind in ("price", "count")}
+    rows = []
+    for block in range(plan.model.anatomy.depth):
+        cut = tokens.get(block)
+        bar = "" if cut is None else "#" * round(_BAR * _size(cut) / (largest[_kind(cut)] or 1.0))
+        rows.append((str(block), f"{_tokens(cut):<24}{_heads(heads.get(block), plan):<26}{bar}".rstrip()))
+    note = f"{'block':>7}  {'tokens':<24}{'heads removed':<26}cut, largest = {_BAR} #"
+    if plan.skip_unread:
+        return [note, *_rows(rows, room - 1), "         the last block computes only the tokens the classifier reads"]
+    return [note, *_rows(rows, room)]
+
+
+def _rows(rows: list[tuple[str, str]], room: int) -> list[str]:
+    if len(rows) > room:
+        rows = _joined(rows)
+    lines = [f"{block:>7}  {text}" for block, text in rows]
+    if len(lines) > room:
+        half = (room - 1) // 2
+        left_out = len(lines) - 2 * half
+        lines = [*lines[:half], f"{'...':>7}  {left_out} more lines, see plan.toml", *lines[-half:]]
+    return lines
+
+
+def _joined(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    joined: list[tuple[str, str]] = []
+    for block, text in rows:
+        if joined and joined[-1][1] == text:
+            joined[-1] = (f"{joined[-1][0].split('-')[0]}-{block}", text)
+        else:
+            joined.append((block, text))
+    return joined
+
+
+def _kind(cut: TokenCut) -> str:
+    return "count" if cut.threshold is None else "price"
+
+
+def _size(cut: TokenCut) -> float:
+    return float((cut.remove or 0) if cut.threshold is None else cut.threshold)
+
+
+def _tokens(cut: TokenCut | None) -> str:
+    if cut is None:
+        return "-"
+    return f"{cut.combine} {cut.remove}" if cut.threshold is None else f"{cut.combine} if < {cut.threshold:.3g} nats"
+
+
+def _heads(cut: HeadCut | None, plan: Plan) -> str:
+    if cut is None:
+        return "-"
+    return _clip(f"{len(cut.remove)} of {plan.model.anatomy.heads}: {', '.join(map(str, cut.remove))}", 25)
+
+
+def _printable(line: str) -> str:
+    # Names and statements come from elsewhere: a line break or an escape sequence in one must not break the screen.
+    return "".join(character if character.isprintable() else " " for character in line)
+
+
+def _clip(line: str, width: int) -> str:
+    return line if len(line) <= width else line[: width - 3] + "..."

@@ -1,0 +1,135 @@
+"""The rules every plan obeys, beyond the types of its fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Iterator, Sequence
+
+from hesper.errors import UsageError
+from hesper.plan.vocabulary import SCHEMA, Anatomy, HeadCut, Plan, TokenCut
+
+__all__ = ["validate"]
+
+
+def validate(plan: Plan) -> None:
+    """Raise UsageError, naming the key and what to do, for the first rule the plan breaks; otherwise do nothing."""
+    if plan.schema != SCHEMA:
+        raise UsageError(f"the plan has schema {plan.schema}, but this hesper reads {SCHEMA}; make the plan again")
+    for path, number in _floats(plan, ""):
+        if not math.isfinite(number):
+            raise UsageError(f"{path} is {number}; every number of a plan must be finite, leave out what was not measured")
+    _check_anatomy(plan.model.anatomy)
+    _check_blocks(plan.tokens, "tokens", plan.model.anatomy)
+    _check_blocks(plan.heads, "heads", plan.model.anatomy)
+    for index, token_cut in enumerate(plan.tokens):
+        _check_token_cut(token_cut, f"tokens[{index}]", plan)
+    for index, head_cut in enumerate(plan.heads):
+        _check_head_cut(head_cut, f"heads[{index}]", plan.model.anatomy)
+    _check_token_total(plan)
+    _check_pricing(plan)
+    _check_budget(plan)
+    _check_evidence(plan)
+
+
+def _floats(value: object, path: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, numbers.Real) and not isinstance(value, int):  # Real: numpy's floats count too
+        yield path, float(value)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _floats(getattr(value, field.name), f"{path}.{field.name}" if path else field.name)
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from _floats(item, f"{path}[{index}]")
+
+
+def _check_anatomy(anatomy: Anatomy) -> None:
+    for name in ("depth", "width", "heads", "head_dim", "mlp_width", "tokens", "classes", "patch_values"):
+        if getattr(anatomy, name) < 1:
+            raise UsageError(f"model.anatomy.{name} is {getattr(anatomy, name)}; it must be at least 1")
+    if min(*anatomy.image_size, *anatomy.grid) < 1:
+        raise UsageError("model.anatomy.image_size and grid must be at least 1 in both directions")
+    if not 0 <= anatomy.prefix_tokens < anatomy.tokens:
+        raise UsageError(f"model.anatomy.prefix_tokens is {anatomy.prefix_tokens}; it must be between 0 and {anatomy.tokens - 1}")
+
+
+def _check_blocks(cuts: Sequence[TokenCut | HeadCut], name: str, anatomy: Anatomy) -> None:
+    previous = -1
+    for index, cut in enumerate(cuts):
+        if not 0 <= cut.block < anatomy.depth:
+            raise UsageError(f"{name}[{index}].block is {cut.block}, but the model has blocks 0 to {anatomy.depth - 1}; cut one of those")
+        if cut.block == previous:
+            raise UsageError(f"{name}[{index}] cuts block {cut.block} a second time; say it in one entry")
+        if cut.block < previous:
+            raise UsageError(f"{name}[{index}] (block {cut.block}) comes after block {previous}; sort the entries by block")
+        previous = cut.block
+
+
+def _check_token_cut(cut: TokenCut, path: str, plan: Plan) -> None:
+    if (cut.threshold is None) == (cut.remove is None):
+        raise UsageError(f"{path} needs either a threshold (a price in nats) or remove (a count), and not both")
+    if cut.threshold is not None and cut.threshold < 0:
+        raise UsageError(f"{path}.threshold is {cut.threshold}; a price in nats is 0 or more")
+    if cut.threshold is not None and plan.pricing is None:
+        raise UsageError(f"{path} has a threshold but the plan has no [pricing] to compare it with; add the table or remove by count")
+    if cut.remove is not None and cut.remove < 0:
+        raise UsageError(f"{path}.remove is {cut.remove}; a count of tokens is 0 or more")
+
+
+def _check_token_total(plan: Plan) -> None:
+    patches = plan.model.anatomy.tokens - plan.model.anatomy.prefix_tokens
+    total = sum(cut.remove or 0 for cut in plan.tokens)
+    if total >= patches:
+        raise UsageError(f"tokens remove {total} in all, but the model has {patches} patch tokens and one must stay; remove fewer")
+
+
+def _check_head_cut(cut: HeadCut, path: str, anatomy: Anatomy) -> None:
+    if not cut.remove:
+        raise UsageError(f"{path}.remove is empty; name the heads to remove or leave the entry out")
+    if any(left >= right for left, right in zip(cut.remove, cut.remove[1:], strict=False)):
+        raise UsageError(f"{path}.remove must name each head once, in ascending order, not {list(cut.remove)}")
+    if cut.remove[0] < 0 or cut.remove[-1] >= anatomy.heads:
+        raise UsageError(f"{path}.remove names heads {list(cut.remove)}, but block {cut.block} has heads 0 to {anatomy.heads - 1}")
+    if len(cut.remove) == anatomy.heads:
+        raise UsageError(f"{path} removes all {anatomy.heads} heads of block {cut.block}; keep at least one")
+
+
+def _check_pricing(plan: Plan) -> None:
+    pricing, width = plan.pricing, plan.model.anatomy.width
+    if pricing is None:
+        return
+    if pricing.temperature <= 0:
+        raise UsageError(f"pricing.temperature is {pricing.temperature}; it must be above 0 (1 leaves the logits as they are)")
+    if not 0 <= pricing.rank <= width:
+        raise UsageError(f"pricing.rank is {pricing.rank}; it must be between 0 and the model's width, {width}")
+    if pricing.gamma < 0:
+        raise UsageError(f"pricing.gamma is {pricing.gamma}; it must be 0 (no token curvature) or more")
+
+
+def _check_budget(plan: Plan) -> None:
+    budget = plan.budget
+    if budget.kind == "macs" and not 0 < budget.value <= 1:
+        raise UsageError(f"budget.value is {budget.value}; a kept share of MACs is above 0 and at most 1")
+    if budget.kind == "loss" and budget.value < 0:
+        raise UsageError(f"budget.value is {budget.value}; a loss budget in nats is 0 or more")
+    if budget.kind == "disagreement" and not 0 <= budget.value <= 1:
+        raise UsageError(f"budget.value is {budget.value}; a share of changed decisions is between 0 and 1")
+    if not 0 < budget.confidence < 1:
+        raise UsageError(f"budget.confidence is {budget.confidence}; it must lie between 0 and 1, such as 0.95")
+
+
+def _check_evidence(plan: Plan) -> None:
+    estimates = {"expected_loss": plan.expected_loss}
+    if plan.measured is not None:
+        measured = plan.measured
+        estimates |= {"measured.macs": measured.macs, "measured.drift_kl": measured.drift_kl, "measured.agreement": measured.agreement}
+    for path, estimate in estimates.items():
+        if estimate is not None and (estimate.stderr < 0 or estimate.n < 1):
+            raise UsageError(f"{path} has stderr {estimate.stderr} over n = {estimate.n}; it needs stderr >= 0 and n >= 1")
+    for index, point in enumerate(plan.points):
+        if point.n < 1 or point.macs < 0 or not 0 <= point.agreement <= 1:
+            raise UsageError(f"points[{index}] needs n >= 1, macs >= 0 and an agreement between 0 and 1; measure it again")
+    provenance = plan.provenance
+    if min(provenance.seed, provenance.fit_images, provenance.verify_images) < 0:
+        raise UsageError("provenance.seed, fit_images and verify_images must be 0 or more; mend the negative one")

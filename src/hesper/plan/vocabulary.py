@@ -1,0 +1,165 @@
+"""The words a plan is written in: immutable, without torch, equal when they mean the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+SCHEMA = 1
+
+Combine = Literal["merge", "drop"]
+BudgetKind = Literal["macs", "loss", "disagreement"]
+Schedule = Literal["asymmetric", "symmetric"]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The shape of a vision transformer, as far as plans and multiply-accumulate counts need it.
+
+    ``heads`` and ``mlp_width`` are per block of the dense model; ``prefix_tokens`` (class, register and
+    distillation tokens) come first and are never cut; ``reads_patches`` says whether the classifier reads
+    patch tokens (pooling) or the prefix only (class token).
+    """
+
+    depth: int
+    width: int
+    heads: int
+    head_dim: int
+    mlp_width: int
+    tokens: int
+    prefix_tokens: int
+    classes: int
+    patch_values: int
+    image_size: tuple[int, int]
+    grid: tuple[int, int]
+    reads_patches: bool
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """Which dense model a plan is for: its name, library, weights and shape."""
+
+    name: str
+    library: str
+    weights_sha256: str
+    anatomy: Anatomy
+
+
+@dataclass(frozen=True)
+class TokenCut:
+    """Tokens leave after the attention of ``block``: all whose price in nats is below ``threshold``, or exactly ``remove``."""
+
+    block: int
+    combine: Combine
+    threshold: float | None = None
+    remove: int | None = None
+
+
+@dataclass(frozen=True)
+class HeadCut:
+    """Heads of ``block`` that leave the weights for good, in ascending order."""
+
+    block: int
+    remove: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """How tokens are priced online: the criterion behind metric and router, the metric's rank, the power of the token curvature."""
+
+    criterion: str
+    temperature: float
+    rank: int
+    gamma: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What was asked for: a kept share of MACs, a loss in nats, or a share of changed top-1 decisions."""
+
+    kind: BudgetKind
+    value: float
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its standard error over ``n`` samples."""
+
+    mean: float
+    stderr: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the plan did on calibration images that fitted nothing: kept MACs, drift in nats, agreement, and the budget's statement."""
+
+    macs: Estimate
+    drift_kl: Estimate
+    agreement: Estimate
+    statement: str
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """One member of the nested family the dial runs through, as measured."""
+
+    dial: float
+    macs: float
+    drift_kl: float
+    agreement: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a plan comes from: seed, calibration data, versions and time of making (UTC, ISO 8601)."""
+
+    hesper: str
+    torch: str
+    seed: int
+    data_sha256: str
+    fit_images: int
+    verify_images: int
+    created: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that will be cut from a model, why, and what it is expected to cost."""
+
+    model: ModelRef
+    pricing: Pricing | None
+    schedule: Schedule
+    tokens: tuple[TokenCut, ...]
+    heads: tuple[HeadCut, ...]
+    skip_unread: bool
+    budget: Budget
+    expected_loss: Estimate | None
+    measured: Measured | None
+    points: tuple[OperatingPoint, ...]
+    provenance: Provenance
+    schema: int = SCHEMA
+
+
+def empty_plan(name: str, anatomy: Anatomy) -> Plan:
+    """The plan that cuts nothing.
+
+    >>> tiny = Anatomy(12, 192, 3, 64, 768, 197, 1, 1000, 768, (224, 224), (14, 14), False)
+    >>> empty_plan("vit_tiny_patch16_224", tiny).tokens
+    ()
+    """
+    return Plan(
+        model=ModelRef(name, "timm", "", anatomy),
+        pricing=None,
+        schedule="asymmetric",
+        tokens=(),
+        heads=(),
+        skip_unread=False,
+        budget=Budget("macs", 1.0, 0.95),
+        expected_loss=None,
+        measured=None,
+        points=(),
+        provenance=Provenance("", "", 0, "", 0, 0, ""),
+    )
