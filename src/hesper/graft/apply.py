@@ -11,7 +11,7 @@ from hesper.errors import UsageError
 from hesper.graft.deciders import CurvatureMerge, KeyMerge, RandomScore, ReaderAttention, RoutedSensitivity, ScoredCut
 from hesper.graft.model import GraftedViT
 from hesper.hosts import Host, open_host
-from hesper.plan import Anatomy, Plan, TokenCut, validate
+from hesper.plan import Plan, TokenCut, validate
 from hesper.registry import did_you_mean
 
 CURVATURE = ("kl", "ce", "heart")
@@ -25,13 +25,15 @@ def graft(module: nn.Module, plan: Plan, tables: Mapping[str, Tensor] | None = N
         module: the dense model the plan was made for.
         plan: what to cut.
         tables: what pricing needs, by name: ``{block}.root`` ``[width, rank]``, ``{block}.router.direction`` ``[width]``,
-            ``{block}.router.attention`` ``[heads]``, ``{block}.router.offset`` ``[]``.
+            ``{block}.router.attention`` ``[heads]`` (the dense model's heads; those of removed heads are left out),
+            ``{block}.router.offset`` ``[]``.
 
     Raises:
-        UsageError: the model has another anatomy than the plan's, or a table is missing.
+        UsageError: the model has another anatomy than the plan's, a table is missing or of another shape, or the plan asks for
+            what the model cannot do.
 
     Example:
-        >>> import timm
+        >>> import timm, torch
         >>> from hesper.plan import empty_plan
         >>> model = timm.create_model("test_vit", num_classes=5).eval()
         >>> x = torch.randn(2, 3, 160, 160)
@@ -41,34 +43,68 @@ def graft(module: nn.Module, plan: Plan, tables: Mapping[str, Tensor] | None = N
     """
     validate(plan)
     host = open_host(copy.deepcopy(module).eval().requires_grad_(False))
-    if host.anatomy != plan.model.anatomy:
-        raise UsageError(f"The plan was made for {plan.model.name} of another shape than the model given; make a plan for this model.")
+    _check_plan(plan, host)
     for cut in plan.heads:
         host.blocks[cut.block].remove_heads(cut.remove)
-    deciders = {cut.block: _decider(cut, plan, tables or {}, host) for cut in plan.tokens}
+    like = next(host.module.parameters())
+    deciders = {cut.block: _decider(cut, plan, tables or {}).to(like.device, like.dtype) for cut in plan.tokens}
     return GraftedViT(host, plan, deciders).eval()
 
 
-def _decider(cut: TokenCut, plan: Plan, tables: Mapping[str, Tensor], host: Host) -> nn.Module:
-    anatomy: Anatomy = plan.model.anatomy
-    criterion = "tome" if plan.pricing is None else plan.pricing.criterion
+def _check_plan(plan: Plan, host: Host) -> None:
+    anatomy = plan.model.anatomy
+    if host.anatomy != anatomy:
+        raise UsageError(f"The plan was made for {plan.model.name} of another shape than the model given; make a plan for this model.")
+    if plan.skip_unread and (anatomy.reads_patches or not anatomy.prefix_tokens):
+        raise UsageError("The classifier pools over patch tokens, so the last block's are read; make a plan without skip_unread.")
+    left = anatomy.tokens - anatomy.prefix_tokens
+    for cut in plan.tokens:
+        if cut.remove is None or (plan.skip_unread and cut.block == anatomy.depth - 1):
+            continue
+        alternate = cut.combine == "merge" and _criterion(plan) in (*CURVATURE, "tome")
+        most = left // 2 if alternate else left - 1
+        if cut.remove > most:
+            kind = "merging alternate tokens" if alternate else "a cut"
+            raise UsageError(f"The cut of block {cut.block} removes {cut.remove} of {left} patches, but {kind} removes at most {most}.")
+        left -= cut.remove
+
+
+def _criterion(plan: Plan) -> str:
+    return "tome" if plan.pricing is None else plan.pricing.criterion
+
+
+def _decider(cut: TokenCut, plan: Plan, tables: Mapping[str, Tensor]) -> nn.Module:
+    anatomy, criterion = plan.model.anatomy, _criterion(plan)
+    if criterion in CURVATURE and cut.combine == "merge":
+        assert plan.pricing is not None
+        return CurvatureMerge(cut, plan.pricing.gamma, _tables(cut, plan, tables))
     if criterion in CURVATURE:
-        prefix = f"{cut.block}."
-        own = {name.removeprefix(prefix): table for name, table in tables.items() if name.startswith(prefix)}
-        needed = ("root", *ROUTER) if cut.combine == "merge" else ROUTER
-        if missing := [name for name in needed if name not in own]:
-            raise UsageError(f"The plan prices tokens of block {cut.block}, but its table '{missing[0]}' is missing; make the run again.")
-        if cut.combine == "merge":
-            assert plan.pricing is not None
-            return CurvatureMerge(cut, plan.pricing.gamma, own)
-        return ScoredCut(cut, RoutedSensitivity(own), anatomy.head_dim)
+        return ScoredCut(cut, RoutedSensitivity(_tables(cut, plan, tables)), anatomy.head_dim)
     if criterion == "tome" and cut.combine == "merge":
         return KeyMerge(cut, anatomy.head_dim)
+    if criterion == "tome":
+        raise UsageError(f"The criterion 'tome' merges and cannot {cut.combine} tokens; use combine = 'merge' or another criterion.")
     if criterion == "cls":
-        return ScoredCut(cut, ReaderAttention(anatomy.width), anatomy.head_dim)
+        return ScoredCut(cut, ReaderAttention(), anatomy.head_dim)
     if criterion == "random":
-        return ScoredCut(cut, RandomScore(plan.provenance.seed * anatomy.depth + cut.block), anatomy.head_dim)
-    raise UsageError(f"The criterion '{criterion}' cannot {cut.combine} tokens; {did_you_mean(criterion, (*CURVATURE, *BASELINES))}")
+        return ScoredCut(cut, RandomScore(plan.provenance.seed * anatomy.depth + cut.block, anatomy.tokens), anatomy.head_dim)
+    raise UsageError(f"The criterion '{criterion}' is unknown; {did_you_mean(criterion, (*CURVATURE, *BASELINES))}")
 
 
-ROUTER = ("router.direction", "router.attention", "router.offset")
+def _tables(cut: TokenCut, plan: Plan, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tables of a block, by their names in it, for the heads it has left."""
+    anatomy = plan.model.anatomy
+    shapes = {"router.direction": (anatomy.width,), "router.attention": (anatomy.heads,), "router.offset": ()}
+    if cut.combine == "merge" and plan.pricing is not None:
+        shapes = {"root": (anatomy.width, plan.pricing.rank), **shapes}
+    own = {}
+    for name, shape in shapes.items():
+        key = f"{cut.block}.{name}"
+        if key not in tables:
+            raise UsageError(f"The plan prices tokens of block {cut.block}, but its table '{key}' is missing; make the run again.")
+        if tuple(tables[key].shape) != shape:
+            raise UsageError(f"The table '{key}' has shape {tuple(tables[key].shape)}, but the plan needs {shape}; make the run again.")
+        own[name] = tables[key]
+    removed = {head for heads in plan.heads if heads.block == cut.block for head in heads.remove}
+    own["router.attention"] = own["router.attention"][[head for head in range(anatomy.heads) if head not in removed]]
+    return own

@@ -9,8 +9,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from hesper.graft.layout import Layout
 from hesper.hosts.base import Projected
 
-LARGEST_LOGIT = 80.0
-
 
 def attend(projected: Projected, log_size: Tensor | None, layout: Layout, scale: float) -> Tensor:
     """Proportional attention of packed rows: softmax(scale q k^T + log size) v.
@@ -27,17 +25,9 @@ def attend(projected: Projected, log_size: Tensor | None, layout: Layout, scale:
         ``[rows, heads * head_dim]``.
     """
     if layout.rectangular:
-        shape = (len(layout.counts), layout.counts[0])
-        query, key, value = (t.view(*shape, *t.shape[1:]).transpose(1, 2) for t in (projected.query, projected.key, projected.value))
-        mask = None if log_size is None else log_size.view(shape[0], 1, 1, shape[1])
-        mixed = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-        return mixed.transpose(1, 2).flatten(2).flatten(0, 1)
-    parts = []
-    for first, last in zip(layout.bounds, layout.bounds[1:], strict=False):
-        query, key, value = (t[first:last].transpose(0, 1)[None] for t in (projected.query, projected.key, projected.value))
-        mask = None if log_size is None else log_size[None, None, None, first:last]
-        parts.append(scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)[0].transpose(0, 1))
-    return torch.cat(parts).flatten(1)
+        return _rectangular(layout.by_image(projected.query), projected, log_size, layout, scale).flatten(0, 1)
+    queries = layout.split(projected.query.transpose(0, 1)[None], 2)
+    return torch.cat(_ragged(queries, projected, log_size, layout, scale), 1)[0]
 
 
 def attend_readers(projected: Projected, log_size: Tensor | None, layout: Layout, scale: float) -> Tensor:
@@ -45,34 +35,55 @@ def attend_readers(projected: Projected, log_size: Tensor | None, layout: Layout
 
     ``projected.query`` is ``[images, prefix, heads, head_dim]``; keys and values are packed rows.
     """
-    parts = []
-    for image, (first, last) in enumerate(zip(layout.bounds, layout.bounds[1:], strict=False)):
-        query = projected.query[image].transpose(0, 1)[None]
-        key, value = (t[first:last].transpose(0, 1)[None] for t in (projected.key, projected.value))
-        mask = None if log_size is None else log_size[None, None, None, first:last]
-        parts.append(scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2).flatten(2))
-    return torch.cat(parts)
+    if layout.rectangular:
+        return _rectangular(projected.query, projected, log_size, layout, scale)
+    return torch.cat(_ragged(torch.split(projected.query.transpose(1, 2), 1), projected, log_size, layout, scale))
+
+
+def _rectangular(query: Tensor, projected: Projected, log_size: Tensor | None, layout: Layout, scale: float) -> Tensor:
+    """Mixed values ``[images, queries, heads * head_dim]`` in one call; ``query`` is ``[images, queries, heads, head_dim]``."""
+    key, value = (layout.by_image(t).transpose(1, 2) for t in (projected.key, projected.value))
+    mask = None if log_size is None else layout.by_image(log_size)[:, None, None]
+    mixed = scaled_dot_product_attention(query.transpose(1, 2), key, value, attn_mask=mask, scale=scale)
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def _ragged(queries: tuple[Tensor, ...], projected: Projected, log_size: Tensor | None, layout: Layout, scale: float) -> list[Tensor]:
+    """Mixed values ``[1, queries, heads * head_dim]`` of each image; ``queries`` are ``[1, heads, queries, head_dim]``."""
+    keys, values = (layout.split(t.transpose(0, 1)[None], 2) for t in (projected.key, projected.value))
+    masks = [None] * len(keys) if log_size is None else layout.split(log_size)
+    return [
+        scaled_dot_product_attention(query, key, value, attn_mask=None if mask is None else mask.view(1, 1, 1, -1), scale=scale)
+        .transpose(1, 2)
+        .flatten(2)
+        for query, key, value, mask in zip(queries, keys, values, masks, strict=True)
+    ]
 
 
 def reader_attention(projected: Projected, log_size: Tensor | None, layout: Layout, scale: float) -> Tensor:
     """Log of the reader's attention to each token, per unit of its size: ``[rows, heads]``.
 
-    The reader is the first prefix token, or the mean query where a host has no prefix.
+    With reader query q, log a_i = scale q k_i - log sum_j s_j exp(scale q k_j). The reader is the first prefix token, or the
+    mean query where a host has no prefix.
+
+    Args:
+        projected: queries and keys ``[rows, heads, head_dim]``.
+        log_size: ``[rows]``, or None where every token has size 1.
+        layout: of the rows.
+        scale: on the logits.
     """
     query, key = projected.query, projected.key
     if layout.rectangular:
-        shape = (len(layout.counts), layout.counts[0])
-        queries = query.view(*shape, *query.shape[1:])
+        queries, keys = layout.by_image(query), layout.by_image(key)
         reader = queries[:, 0] if layout.prefix else queries.mean(1)
-        logits = torch.einsum("bhd,bnhd->bnh", reader, key.view(*shape, *key.shape[1:])).flatten(0, 1)
-    else:
-        parts = []
-        for first, last in zip(layout.bounds, layout.bounds[1:], strict=False):
-            reader = query[first] if layout.prefix else query[first:last].mean(0)
-            parts.append((key[first:last].transpose(0, 1) @ reader[..., None])[..., 0].T)
-        logits = torch.cat(parts)
-    logits = logits * scale
-    # Sums of exponentials stay finite below e^88; no trained model's logits come near.
-    mass = (logits if log_size is None else logits + log_size[:, None]).clamp_max(LARGEST_LOGIT).exp()
-    total = mass.new_zeros(len(layout.counts), mass.shape[1]).index_add(0, layout.image, mass)
-    return logits - total.log()[layout.image]
+        logits = torch.einsum("bhd,bnhd->bnh", reader * scale, keys)
+        mass = logits if log_size is None else logits + layout.by_image(log_size)[..., None]
+        return (logits - mass.logsumexp(1, keepdim=True)).flatten(0, 1)
+    parts = []
+    for image, (own, keys) in enumerate(zip(layout.split(query), layout.split(key), strict=True)):
+        reader = own[0] if layout.prefix else own.mean(0)
+        logits = torch.bmm(keys.transpose(0, 1), (reader * scale)[..., None])[..., 0]
+        first, last = layout.bounds[image : image + 2]
+        mass = logits if log_size is None else logits + log_size[first:last]
+        parts.append(logits - mass.logsumexp(1, keepdim=True))
+    return torch.cat(parts, 1).T

@@ -15,6 +15,7 @@ from hesper.measure.macs import Counts
 from hesper.plan import TokenCut
 
 LARGEST_LOG_CURVATURE = 6.0
+LARGEST_LOG_PRICE = 80.0  # prices stay finite, below the infinity of what is not there
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class State:
 
     ``stream`` and ``normed`` are ``[rows, width]`` (after the residual sum, and the attention's normalised input), ``key`` and
     ``value`` ``[rows, heads, head_dim]``, ``attention`` ``[rows, heads]`` the log of the reader's attention per unit of size
-    (the class token, or the mean query where there is none), ``size`` ``[rows]``.
+    (the class token, or the mean query where there is none; ``[rows, 0]`` for deciders that do not read it), ``size`` ``[rows]``.
     """
 
     stream: Tensor
@@ -46,11 +47,18 @@ class Decision:
 class Decider(Protocol):
     """Decides one block's token cut, and knows what deciding costs."""
 
+    @property
+    def reads_attention(self) -> bool:
+        """Whether the decision needs the reader's attention; whoever computes that counts its MACs."""
+
     def __call__(self, state: State) -> Decision:
         """The decision for a batch."""
 
-    def macs(self, patches: Counts) -> Counts:
-        """MACs spent on deciding for images that have ``patches`` patch tokens."""
+    def macs(self, tokens: Counts, prefix: int) -> Counts:
+        """MACs spent on deciding for images that have ``tokens`` tokens, ``prefix`` of them prefix tokens.
+
+        What the image itself needs: in a ragged batch the pairs of smaller images are padded to the largest.
+        """
 
 
 class Router(nn.Module):
@@ -74,14 +82,15 @@ class Router(nn.Module):
 
     @property
     def macs_per_token(self) -> int:
-        """MACs per token; those of the attention logits, one more ``width``, included."""
-        return 2 * self.direction.numel() + self.attention.numel()
+        """MACs per token, prefix tokens included; the attention logits are counted by whoever computes them."""
+        return self.direction.numel() + self.attention.numel()
 
 
 class CurvatureMerge(nn.Module):
-    """Merge where Ward's linkage in the curvature metric, scaled by the routed token curvature, is cheap (design: metric x token curvature)."""
+    """Merge where Ward's linkage in the curvature metric, scaled by the routed token curvature, is cheap."""
 
     root: Tensor
+    reads_attention = True
 
     def __init__(self, cut: TokenCut, gamma: float, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -93,20 +102,19 @@ class CurvatureMerge(nn.Module):
         """The decision for a batch."""
         layout = state.layout
         log_weight = self.router(state).clamp(-LARGEST_LOG_CURVATURE, LARGEST_LOG_CURVATURE)
-        points = torch.cat([state.stream @ self.root, (self.gamma * log_weight).exp()[:, None], state.size[:, None]], -1)
-        padded = layout.padded(points)
-        price, to = ward_prices(padded[..., :-2], padded[..., -1], padded[..., -2], layout.valid)
-        return _bipartite(price, to, self.cut, layout)
+        points, size, weight = (layout.padded(t) for t in (state.stream @ self.root, state.size, (self.gamma * log_weight).exp()))
+        return _bipartite(*ward_prices(points, size, weight, layout.valid), self.cut, layout)
 
-    def macs(self, patches: Counts) -> Counts:
-        """MACs spent on deciding: metric, router, reader attention, distances."""
+    def macs(self, tokens: Counts, prefix: int) -> Counts:
+        """MACs spent on deciding: metric and router for every row, distances of all sources to all destinations."""
         width, rank = self.root.shape
-        pairs = (patches // 2) * ((patches + 1) // 2)
-        return patches * (width * rank + self.router.macs_per_token) + pairs * rank
+        return tokens * (width * rank + self.router.macs_per_token) + _pairs(tokens - prefix) * rank
 
 
 class KeyMerge(nn.Module):
     """Merge tokens whose keys, averaged over heads, are most alike (ToMe, arXiv 2210.09461)."""
+
+    reads_attention = False
 
     def __init__(self, cut: TokenCut, head_dim: int) -> None:
         super().__init__()
@@ -114,18 +122,19 @@ class KeyMerge(nn.Module):
 
     def forward(self, state: State) -> Decision:
         """The decision for a batch."""
-        price, to = similarity_prices(state.layout.padded(state.key.mean(1)), state.layout.valid)
-        return _bipartite(price, to, self.cut, state.layout)
+        keys = state.layout.padded(state.key.mean(1))
+        return _bipartite(*similarity_prices(keys, state.layout.valid), self.cut, state.layout)
 
-    def macs(self, patches: Counts) -> Counts:
+    def macs(self, tokens: Counts, prefix: int) -> Counts:
         """MACs spent on the similarities."""
-        return (patches // 2) * ((patches + 1) // 2) * self.head_dim
+        return _pairs(tokens - prefix) * self.head_dim
 
 
 class Score(nn.Module):
-    """A price per token ``[rows]``, and what it costs."""
+    """A price per token ``[rows]``, what it costs, and whether it needs the reader's attention."""
 
     macs_per_token: int = 0
+    reads_attention: bool = True
 
     def forward(self, state: State) -> Tensor:
         """The price of every row."""
@@ -142,16 +151,12 @@ class RoutedSensitivity(Score):
 
     def forward(self, state: State) -> Tensor:
         """exp of the routed log sensitivity, times the size of the token."""
-        out: Tensor = self.router(state).exp()
-        return out
+        log_price: Tensor = self.router(state).clamp_max(LARGEST_LOG_PRICE)
+        return log_price.exp() * state.size
 
 
 class ReaderAttention(Score):
     """The reader's attention, averaged over heads (EViT, arXiv 2202.07800)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.macs_per_token = width
 
     def forward(self, state: State) -> Tensor:
         """Attention mass per token."""
@@ -159,17 +164,18 @@ class ReaderAttention(Score):
 
 
 class RandomScore(Score):
-    """The control: prices drawn from a generator seeded by the block, the same for every image."""
+    """The control: prices drawn once from a seed, for each place in an image; the same for every image and every batch."""
 
-    def __init__(self, seed: int) -> None:
+    reads_attention = False
+    table: Tensor
+
+    def __init__(self, seed: int, tokens: int) -> None:
         super().__init__()
-        self.seed = seed
+        self.register_buffer("table", torch.rand(tokens, generator=torch.Generator().manual_seed(seed)))
 
     def forward(self, state: State) -> Tensor:
         """A uniform price for every row, a function of the token's place in its image."""
-        generator = torch.Generator().manual_seed(self.seed)
-        table = torch.rand(max(state.layout.counts), generator=generator).to(state.stream.device)
-        return torch.cat([table[:count] for count in state.layout.counts])
+        return torch.cat([self.table[:count] for count in state.layout.counts])
 
 
 class ScoredCut(nn.Module):
@@ -179,31 +185,41 @@ class ScoredCut(nn.Module):
         super().__init__()
         self.cut, self.score, self.head_dim = cut, score, head_dim
 
+    @property
+    def reads_attention(self) -> bool:
+        """Whether the score does."""
+        return self.score.reads_attention
+
     def forward(self, state: State) -> Decision:
         """The decision for a batch."""
         layout = state.layout
         price = layout.padded(self.score(state)).masked_fill(~layout.valid, INFINITY)
-        gone = _leave_one(cheapest(price, threshold=self.cut.threshold, remove=self.cut.remove), price, layout)
+        gone = cheapest(price, threshold=self.cut.threshold, remove=self.cut.remove) & layout.valid
+        gone = _leave_one(gone, price, layout)
         if self.cut.combine == "drop":
             return Decision(gone, None)
         keys = nn.functional.normalize(layout.padded(state.key.mean(1)), dim=-1)
         likeness = keys @ keys.transpose(-2, -1)
         return Decision(gone, likeness.masked_fill((gone | ~layout.valid)[:, None], -INFINITY).argmax(-1))
 
-    def macs(self, patches: Counts) -> Counts:
-        """MACs spent on scores and, for merging, similarities."""
-        likeness = patches * patches * self.head_dim if self.cut.combine == "merge" else 0
-        return patches * self.score.macs_per_token + likeness
+    def macs(self, tokens: Counts, prefix: int) -> Counts:
+        """MACs spent on scores and, for merging, similarities of all patches to all."""
+        likeness = (tokens - prefix) ** 2 * self.head_dim if self.cut.combine == "merge" else 0
+        return tokens * self.score.macs_per_token + likeness
+
+
+def _pairs(patches: Counts) -> Counts:
+    """Sources times destinations among alternate tokens."""
+    return (patches // 2) * ((patches + 1) // 2)
 
 
 def _bipartite(price: Tensor, to: Tensor, cut: TokenCut, layout: Layout) -> Decision:
     """Spread a decision about the sources (odd patches) over all patches."""
-    images, most = layout.valid.shape
-    gone = torch.zeros(images, most, dtype=torch.bool, device=price.device)
-    into = torch.zeros(images, most, dtype=torch.long, device=price.device)
-    gone[:, 1::2] = cheapest(price, threshold=cut.threshold, remove=cut.remove) & price.isfinite()
+    gone = torch.zeros_like(layout.valid)
+    into = torch.zeros_like(layout.valid, dtype=torch.long)
+    gone[:, 1::2] = cheapest(price, threshold=cut.threshold, remove=cut.remove) & layout.valid[:, 1::2]
     into[:, 1::2] = to
-    return Decision(gone, into if cut.combine == "merge" else None)
+    return Decision(gone, into)
 
 
 def _leave_one(gone: Tensor, price: Tensor, layout: Layout) -> Tensor:

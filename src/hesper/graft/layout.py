@@ -15,6 +15,7 @@ class Layout:
     """Counts of tokens per image; the ``prefix`` tokens of an image come first in its run of rows.
 
     Example:
+        >>> import torch
         >>> layout = Layout((3, 2), prefix=1)
         >>> layout.rows, layout.bounds, layout.rectangular
         (5, (0, 3, 5), False)
@@ -39,7 +40,7 @@ class Layout:
         """Rows in all."""
         return self.bounds[-1]
 
-    @property
+    @cached_property
     def rectangular(self) -> bool:
         """Whether all images have equally many tokens."""
         return min(self.counts) == max(self.counts)
@@ -69,16 +70,24 @@ class Layout:
         """``[rows]`` which image each row belongs to."""
         return torch.repeat_interleave(torch.arange(len(self.counts), device=self.device), torch.tensor(self.counts, device=self.device))
 
+    def by_image(self, rows: Tensor) -> Tensor:
+        """Rows ``[rows, ...]`` as a view ``[images, tokens, ...]``; for rectangular layouts only."""
+        return rows.view(len(self.counts), self.counts[0], *rows.shape[1:])
+
+    def split(self, rows: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+        """A view of each image's rows, which lie along ``dim``."""
+        return torch.split(rows, list(self.counts), dim)
+
     def padded(self, rows: Tensor) -> Tensor:
         """Patch rows ``[rows, ...]`` as ``[images, most patches, ...]``; a view where nothing is ragged."""
         if self.rectangular:
-            return rows.view(len(self.counts), self.counts[0], *rows.shape[1:])[:, self.prefix :]
+            return self.by_image(rows)[:, self.prefix :]
         return rows[self.index]
 
     def prefix_rows(self, rows: Tensor) -> Tensor:
         """Prefix rows ``[images, prefix, ...]``."""
         if self.rectangular:
-            return rows.view(len(self.counts), self.counts[0], *rows.shape[1:])[:, : self.prefix]
+            return self.by_image(rows)[:, : self.prefix]
         first = torch.tensor(self.bounds[:-1], device=self.device)
         return rows[first[:, None] + torch.arange(self.prefix, device=self.device)]
 

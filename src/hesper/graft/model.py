@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from hesper.errors import UsageError
 from hesper.graft.attention import attend, attend_readers, reader_attention
-from hesper.graft.deciders import Decision, State
+from hesper.graft.deciders import Decider, State
 from hesper.graft.layout import Layout
-from hesper.hosts.base import Host, HostBlock
+from hesper.graft.stream import Stream
+from hesper.hosts.base import Host, HostBlock, Projected
 from hesper.measure.macs import Counts, dense_macs, model_macs
 from hesper.plan import Plan
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """How many tokens of each image went where: ``attended``, ``queries`` and ``fed`` are ``[images, depth]``, ``deciding`` MACs ``[images]``."""
+    """How many tokens of each image went where.
+
+    ``attended``, ``queries`` and ``fed`` are ``[images, depth]``; ``deciding`` is MACs ``[images]``.
+    """
 
     attended: Counts
     queries: Counts
@@ -32,25 +36,14 @@ class Traffic:
 class Outcome:
     """Logits ``[images, classes]``, MACs ``[images]`` of what really ran, the traffic, and where each patch went.
 
-    ``sources`` (when asked for) has a ``[images, patches]`` map per block: the patch each original patch is represented by after
-    the block, -1 where it was dropped.
+    ``sources`` (when asked for) has a ``[images, patches]`` map per block: the place, among the patches its image has left after the
+    block, of the one that stands for each original patch, -1 where it was dropped.
     """
 
     logits: Tensor
     macs: Counts
     traffic: Traffic
     sources: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class _Stream:
-    """The packed rows on their way through the blocks."""
-
-    rows: Tensor
-    layout: Layout
-    size: Tensor | None
-    origin: Tensor | None
-    owner: Tensor | None
 
 
 class GraftedViT(nn.Module):
@@ -94,59 +87,66 @@ class GraftedViT(nn.Module):
         self._check(images)
         host, anatomy = self.host, self.plan.model.anatomy
         embedded = host.embed(images)
-        layout = Layout((anatomy.tokens,) * len(images), anatomy.prefix_tokens, images.device)
-        stream = _Stream(embedded.flatten(0, 1), layout, None, *_origins(layout) if trace else (None, None))
-        book = _Book(len(images))
-        maps: list[Tensor] = []
+        first = Layout((anatomy.tokens,) * len(images), anatomy.prefix_tokens, images.device)
+        stream, book, maps = Stream(embedded.flatten(0, 1), first), _Book(len(images)), []
+        if trace:
+            stream.follow()
+        last = anatomy.depth - 1 if self.plan.skip_unread else anatomy.depth
         for index, block in enumerate(host.blocks):
-            if self.plan.skip_unread and index == anatomy.depth - 1:
-                break
-            self._through(index, block, stream, book)
+            if index < last:
+                self._through(index, block, stream, book)
             if trace:
-                maps.append(_map(stream, layout))
-        if self.plan.skip_unread:
-            logits = self._finish_readers(stream, book)
-        else:
-            logits = self._finish(stream)
+                maps.append(stream.patch_map(first))
+        logits = self._finish_readers(stream, book) if self.plan.skip_unread else self._finish(stream)
         traffic = book.close()
         heads = [block.heads for block in host.blocks]
         macs = model_macs(anatomy, heads, traffic.attended, traffic.queries, traffic.fed, traffic.deciding)
         return Outcome(logits, macs, traffic, tuple(maps) if trace else None)
 
-    def _through(self, index: int, block: HostBlock, stream: _Stream, book: _Book) -> None:
-        decider = self.deciders[str(index)] if str(index) in self.deciders else None
-        counts = stream.layout.counts
-        if decider is None and stream.size is None and stream.layout.rectangular:
-            book.add(counts, counts, counts)
-            stream.rows = block.whole(stream.rows.unflatten(0, (len(counts), counts[0]))).flatten(0, 1)
+    def _through(self, index: int, block: HostBlock, stream: Stream, book: _Book) -> None:
+        """One block: the host's own where nothing is special, otherwise its halves with the decision between them."""
+        decides = str(index) in self.deciders
+        layout = stream.layout
+        if not decides and stream.size is None and layout.rectangular:
+            book.add(layout.counts, layout.counts, layout.counts)
+            stream.rows = block.whole(layout.by_image(stream.rows)).flatten(0, 1)
             return
         projected = block.project(stream.rows)
         log_size = None if stream.size is None else stream.size.log()
-        mixed = attend(projected, log_size, stream.layout, block.scale)
-        stream.rows = stream.rows + block.merge_heads(mixed)
-        if decider is not None:
-            attention = reader_attention(projected, log_size, stream.layout, block.scale)
-            size = torch.ones_like(stream.rows[:, 0]) if stream.size is None else stream.size
-            state = State(stream.rows, projected.normed, projected.key, projected.value, attention, size, stream.layout)
-            spent = decider.macs(np.array(counts) - stream.layout.prefix)
-            _carry_out(decider(state), stream, size)
-            moved = np.array(counts) - np.array(stream.layout.counts)
-            book.decide(spent + moved * self.plan.model.anatomy.width)
-        book.add(counts, counts, stream.layout.counts)
-        stream.rows = stream.rows + block.feed(stream.rows)
+        stream.add(block.merge_heads(attend(projected, log_size, layout, block.scale)))
+        if decides:
+            self._decide(cast(Decider, self.deciders[str(index)]), block, projected, log_size, stream, book)
+        book.add(layout.counts, layout.counts, stream.layout.counts)
+        stream.add(block.feed(stream.rows))
 
-    def _finish(self, stream: _Stream) -> Tensor:
+    def _decide(
+        self, decider: Decider, block: HostBlock, projected: Projected, log_size: Tensor | None, stream: Stream, book: _Book
+    ) -> None:
+        layout, anatomy = stream.layout, self.plan.model.anatomy
+        counts = np.array(layout.counts)
+        spent = decider.macs(counts, layout.prefix)
+        attention = projected.key.new_empty(layout.rows, 0)
+        if decider.reads_attention:
+            attention = reader_attention(projected, log_size, layout, block.scale)
+            spent = spent + counts * block.heads * anatomy.head_dim
+        decision = decider(State(stream.rows, projected.normed, projected.key, projected.value, attention, stream.sizes(), layout))
+        stream.carry_out(decision)
+        moved = 0 if decision.into is None else counts - np.array(stream.layout.counts)
+        book.decide(spent + moved * anatomy.width)
+
+    def _finish(self, stream: Stream) -> Tensor:
+        """Logits from the last rows; a pooling classifier's mean weighs every token by its size."""
         layout = stream.layout
         normed = self.host.norm(stream.rows)
         mean = None
-        if self.plan.model.anatomy.reads_patches:
-            size = torch.ones_like(normed[:, 0]) if stream.size is None else stream.size
-            rows = layout.padded(torch.cat([normed * size[:, None], size[:, None]], -1)) * layout.valid[..., None]
-            total = rows.sum(1)
-            mean = total[:, :-1] / total[:, -1:]
+        if self.plan.model.anatomy.reads_patches and stream.size is None and layout.rectangular:
+            mean = layout.padded(normed).mean(1)
+        elif self.plan.model.anatomy.reads_patches:
+            weight = layout.padded(stream.sizes()) * layout.valid
+            mean = (weight[:, None] @ layout.padded(normed))[:, 0] / weight.sum(1, keepdim=True)
         return self.host.readout(layout.prefix_rows(normed), mean)
 
-    def _finish_readers(self, stream: _Stream, book: _Book) -> Tensor:
+    def _finish_readers(self, stream: Stream, book: _Book) -> Tensor:
         """The last block for the prefix alone: nobody reads its patch tokens, so leaving them out changes nothing."""
         block, layout = self.host.blocks[-1], stream.layout
         prefix = layout.prefix_rows(stream.rows)
@@ -160,9 +160,10 @@ class GraftedViT(nn.Module):
 
     def _check(self, images: Tensor) -> None:
         size = self.plan.model.anatomy.image_size
-        if images.ndim != 4 or tuple(images.shape[-2:]) != size:
+        if images.ndim != 4 or len(images) == 0 or tuple(images.shape[-2:]) != size:
             raise UsageError(
-                f"The model takes images of {size[0]} x {size[1]} pixels, not a tensor of shape {tuple(images.shape)}; resize them."
+                f"The model takes one or more images of {size[0]} x {size[1]} pixels, not a tensor of shape {tuple(images.shape)}; "
+                "resize them."
             )
 
 
@@ -181,54 +182,5 @@ class _Book:
         self.deciding = self.deciding + macs
 
     def close(self) -> Traffic:
-        return Traffic(*(np.array(column, dtype=np.int64).T for column in self.columns), self.deciding)
-
-
-def _carry_out(decision: Decision, stream: _Stream, size: Tensor) -> None:
-    """Take the decided tokens out of the packed rows; what is merged leaves its mass where it goes.
-
-    A destination d of total size T that receives sources s becomes x_d + sum_s size_s (x_s - x_d) / T, the size-weighted mean.
-    """
-    layout = stream.layout
-    gone_rows = layout.index[decision.gone]
-    stays = torch.ones(layout.rows, dtype=torch.bool, device=layout.device)
-    stays[gone_rows] = False
-    keep = stays.nonzero()[:, 0]
-    rows, kept_size = stream.rows[keep], size[keep]
-    if decision.into is not None:
-        into_rows = layout.index.gather(1, decision.into)[decision.gone]
-        place = (stays.cumsum(0) - 1)[into_rows]
-        kept_size = kept_size.index_add(0, place, size[gone_rows])
-        share = size[gone_rows] / kept_size[place]
-        rows = rows.index_add(0, place, (stream.rows[gone_rows] - stream.rows[into_rows]) * share[:, None])
-        if stream.owner is not None:
-            stream.owner[gone_rows] = into_rows
-    left = layout.patches - decision.gone.sum(1) + layout.prefix
-    _follow(stream, stays, gone_rows, decision.into is not None)
-    stream.rows, stream.size, stream.layout = rows, kept_size, layout.with_counts(left.tolist())
-
-
-def _origins(layout: Layout) -> tuple[Tensor, Tensor]:
-    """For tracing: the current row of every original row, and scratch for owners."""
-    every = torch.arange(layout.rows, device=layout.device)
-    return every, every.clone()
-
-
-def _follow(stream: _Stream, stays: Tensor, gone: Tensor, merged: bool) -> None:
-    if stream.origin is None or stream.owner is None:
-        return
-    place = stays.cumsum(0) - 1
-    owner = torch.arange(len(stays), device=stays.device)
-    owner[gone] = stream.owner[gone] if merged else -1
-    target = torch.where(owner >= 0, place[owner.clamp_min(0)], -1)
-    stream.origin = torch.where(stream.origin >= 0, target[stream.origin.clamp_min(0)], -1)
-    stream.owner = torch.arange(int(stays.sum()), device=stays.device)
-
-
-def _map(stream: _Stream, first: Layout) -> Tensor:
-    """``[images, patches]``: place within its image of the token that stands for each original patch, -1 where dropped."""
-    assert stream.origin is not None
-    starts = torch.tensor(stream.layout.bounds[:-1], device=first.device)
-    local = stream.origin - starts[first.image]
-    local = torch.where(stream.origin >= 0, local - stream.layout.prefix, -1)
-    return first.padded(local)
+        attended, queries, fed = (np.array(column, dtype=np.int64).T for column in self.columns)
+        return Traffic(attended, queries, fed, self.deciding)

@@ -42,7 +42,7 @@ def gated_forward(host: Host, images: Tensor, gates: Mapping[str, Tensor] | None
     * ``head_shifts`` ``[images, depth, heads, tokens, head_dim]``: added to the outputs of each block's heads.
 
     Example:
-        >>> import timm
+        >>> import timm, torch
         >>> from hesper.hosts import TimmViT
         >>> model = timm.create_model("test_vit", num_classes=5).eval()
         >>> x = torch.randn(2, 3, 160, 160)

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from timm.layers.attention import Attention
+from timm.layers.mlp import GluMlp, Mlp, SwiGLU
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from hesper.errors import UsageError
-from hesper.hosts.base import Projected
+from hesper.hosts.base import HostBlock, Projected
 from hesper.plan import Anatomy
 
 
@@ -50,11 +52,10 @@ class TimmBlock:
         attn = self.block.attn
         normed, inner = self.block.norm1(stream), attn.attn_dim
         bias_q, bias_kv = (None, None) if attn.qkv.bias is None else (attn.qkv.bias[:inner], attn.qkv.bias[inner:])
-        query = nn.functional.linear(self.block.norm1(readers), attn.qkv.weight[:inner], bias_q).unflatten(
-            -1, (attn.num_heads, attn.head_dim)
-        )
-        pair = nn.functional.linear(normed, attn.qkv.weight[inner:], bias_kv).unflatten(-1, (2, attn.num_heads, attn.head_dim))
-        key, value = pair.unbind(-3)
+        query = nn.functional.linear(self.block.norm1(readers), attn.qkv.weight[:inner], bias_q)
+        query = query.view(*query.shape[:-1], attn.num_heads, attn.head_dim)
+        pair = nn.functional.linear(normed, attn.qkv.weight[inner:], bias_kv)
+        key, value = pair.view(*pair.shape[:-1], 2, attn.num_heads, attn.head_dim).unbind(-3)
         return Projected(normed, attn.q_norm(query), attn.k_norm(key), value)
 
     def merge_heads(self, mixed: Tensor) -> Tensor:
@@ -99,12 +100,12 @@ class TimmViT:
     def __init__(self, module: Any) -> None:
         if type(module) is not VisionTransformer:
             raise UsageError(
-                f"A model of type {type(module).__name__} is not supported; use one of timm's VisionTransformer models "
-                "(ViT, DeiT, DeiT-III, DINOv2 and their like)."
+                f"A model of type {type(module).__name__} is not supported, since its parts are not known to compose; use one of "
+                "timm's VisionTransformer models (ViT, DeiT without distillation, DeiT-III, DINOv2 and their like)."
             )
         _check_parts(module)
         self.module: Any = module
-        self.blocks = tuple(TimmBlock(block) for block in module.blocks)
+        self.blocks: Sequence[HostBlock] = tuple(TimmBlock(block) for block in module.blocks)
         self.anatomy = _anatomy(module)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -124,41 +125,66 @@ class TimmViT:
         tokens = prefix
         if model.global_pool == "avg":
             assert patch_mean is not None
-            if model.pool_include_prefix:
-                raise UsageError("Pooling over prefix tokens is not supported.")
             tokens = torch.cat([prefix, patch_mean[:, None]], 1)
         out: Tensor = model.forward_head(tokens)
         return out
 
 
 def _check_parts(module: Any) -> None:
+    """Refuse, by name, every part whose halves or whose multiply-accumulate counts are not known."""
+    embed, head = module.patch_embed, module.head
     if module.attn_pool is not None or module.global_pool not in ("token", "avg") or module.pool_include_prefix:
-        raise UsageError(
-            f"A classifier that pools by '{'attention' if module.attn_pool is not None else module.global_pool}' is not supported; "
-            "class-token ('token') and average ('avg') pooling are."
-        )
+        pooling = f"{module.global_pool}{' with prefix tokens' if module.pool_include_prefix and module.attn_pool is None else ''}"
+        raise UsageError(f"A classifier that pools by '{pooling}' is not supported; class-token ('token') and average ('avg') pooling are.")
+    if type(embed) is not PatchEmbed or embed.dynamic_img_pad:
+        kind = f"{type(embed).__name__}{' with dynamic padding' if type(embed) is PatchEmbed else ''}"
+        raise UsageError(f"A patch embedding of type {kind} is not supported; timm's plain PatchEmbed is.")
+    if not isinstance(head, nn.Linear):
+        raise UsageError(f"A classifier of type {type(head).__name__} is not supported; give the model a Linear head (num_classes > 0).")
     for index, block in enumerate(module.blocks):
-        if type(block) is not Block or type(block.attn) is not Attention or block.attn.gate is not None:
-            raise UsageError(
-                f"Block {index} is a {type(block).__name__} with {type(block.attn).__name__}, whose halves are not known to compose; "
-                "plain timm Blocks with plain Attention are supported."
-            )
+        if reason := _refusal(block):
+            raise UsageError(f"Block {index} {reason}, which is not supported; plain timm Blocks with plain Attention are.")
+        if _shape(block) != _shape(module.blocks[0]):
+            raise UsageError(f"Block {index} has another shape than block 0, which is not supported; give the dense model.")
+
+
+def _refusal(block: Any) -> str | None:
+    """What keeps a block from being taken apart."""
+    if type(block) is not Block:
+        return f"is a {type(block).__name__}"
+    attn = block.attn
+    if type(attn) is not Attention:
+        return f"has attention of type {type(attn).__name__}"
+    if attn.gate is not None:
+        return "has gated attention"
+    if not isinstance(attn.qkv, nn.Linear) or not isinstance(attn.proj, nn.Linear):
+        return f"has projections of types {type(attn.qkv).__name__} and {type(attn.proj).__name__}"
+    if type(block.mlp) not in (Mlp, GluMlp, SwiGLU):
+        return f"has a feed-forward half of type {type(block.mlp).__name__}"
+    return None
+
+
+def _shape(block: Any) -> tuple[int, int, int]:
+    """Heads, head width, and the MLP's weights."""
+    weights = sum(part.weight.numel() for part in block.mlp.modules() if isinstance(part, nn.Linear))
+    return int(block.attn.num_heads), int(block.attn.head_dim), weights
 
 
 def _anatomy(module: Any) -> Anatomy:
-    first = module.blocks[0]
     embed = module.patch_embed
     prefix = int(module.num_prefix_tokens)
+    heads, head_dim, feed_weights = _shape(module.blocks[0])
     grid = tuple(int(n) for n in embed.grid_size)
     return Anatomy(
         depth=len(module.blocks),
         width=int(module.embed_dim),
-        heads=int(first.attn.num_heads),
-        head_dim=int(first.attn.head_dim),
-        mlp_width=int(first.mlp.fc1.out_features),
+        heads=heads,
+        head_dim=head_dim,
+        # The width of the plain MLP with as many weights: a gated one has three matrices.
+        mlp_width=feed_weights // (2 * int(module.embed_dim)),
         tokens=prefix + grid[0] * grid[1],
         prefix_tokens=prefix,
-        classes=int(module.num_classes),
+        classes=int(module.head.out_features),
         patch_values=int(embed.proj.weight[0].numel()),
         image_size=(int(embed.img_size[0]), int(embed.img_size[1])),
         grid=(grid[0], grid[1]),

@@ -69,3 +69,18 @@ def model_macs(anatomy: Anatomy, heads: Sequence[int], attended: Counts, queries
     for block, count in enumerate(heads):
         total = total + block_macs(anatomy, count, attended[:, block], queries[:, block], fed[:, block])
     return total
+
+
+def head_macs(anatomy: Anatomy) -> int:
+    """MACs that removing one head saves in the dense model."""
+    every = np.array([anatomy.tokens], dtype=np.int64)
+    return int((block_macs(anatomy, 1, every, every, every) - block_macs(anatomy, 0, every, every, every))[0])
+
+
+def token_macs(anatomy: Anatomy, blocks: Sequence[int]) -> float:
+    """MACs that letting one token go saves in the dense model, averaged over the ``blocks`` in which it may leave."""
+    every = np.array([anatomy.tokens], dtype=np.int64)
+    fewer = every - 1
+    whole = int((block_macs(anatomy, anatomy.heads, every, every, every) - block_macs(anatomy, anatomy.heads, fewer, fewer, fewer))[0])
+    feed = 2 * anatomy.width * anatomy.mlp_width
+    return float(np.mean([feed + whole * (anatomy.depth - 1 - block) for block in blocks]))

@@ -1,0 +1,230 @@
+"""The verbs, in Python: prune, load, evaluate. The command line calls these and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from hesper.data import ImageSet, Skipped, batches, check_labels, open_folder, read_class_map
+from hesper.errors import UsageError
+from hesper.graft import GraftedViT, graft
+from hesper.heart.gallery import choose_images, make_gallery, save_gallery
+from hesper.heart.prune import Pruned, Settings
+from hesper.heart.prune import prune as prune_model
+from hesper.hosts.open import OpenModel, build, open_model, wrap
+from hesper.measure.evaluate import Evaluation
+from hesper.measure.evaluate import evaluate as evaluate_model
+from hesper.plan import dumps, empty_plan
+from hesper.runs import MODEL, PLAN, RECORD, Entry, RunFolder, append, environment, new_run, open_run, seal, utc_now, write_text
+
+Progress = Callable[[str, int, int], None]
+DECIDERS = "deciders."
+NETWORK = "network."
+DENSE = "dense."
+
+
+def prune(
+    model: str,
+    *,
+    calib: str | Path,
+    out: str | Path,
+    settings: Settings,
+    weights: str | Path | None = None,
+    class_map: str | Path | None = None,
+    asked: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> RunFolder:
+    """Prune a model within a budget and write a run folder: plan, weights, record, gallery.
+
+    Args:
+        model: a timm name.
+        calib: a folder of calibration images; half of them only verify.
+        out: the run folder to make; it must not exist.
+        settings: budget and method.
+        weights: a weights file, instead of timm's pretrained weights.
+        class_map: class names by label, one a line; without it the sorted class folders are the classes.
+        asked: what the user asked for, in their words, for the record.
+        progress: told (stage, done, total).
+
+    Raises:
+        UsageError: wrong input.
+        JobError: no plan keeps the budget, the disk is full, or an output is not finite.
+    """
+    with new_run(out) as folder:
+        opened = open_model(model, weights=weights)
+        images = _images(calib, opened, class_map, settings.criterion.needs_labels)
+        pruned = prune_model(opened, images, settings, progress)
+        write_text(folder / PLAN, dumps(pruned.chosen.plan))
+        safetensors.torch.save_file(_tensors(opened, pruned.model), folder / MODEL)
+        chosen = [pruned.verify[i] for i in choose_images(pruned.chosen.evaluation.macs.tolist())]
+        save_gallery(folder, make_gallery(opened, pruned.model, images, chosen))
+        seal(folder, "prune", asked=asked or {}, results=_results(pruned, images, pruned.skipped))
+    return open_run(out)
+
+
+def load(run: str | Path) -> GraftedViT:
+    """The pruned model of a run folder: a module from images to logits, in evaluation mode.
+
+    Raises:
+        UsageError: no run, a file missing, or one changed since the run was made.
+    """
+    return _load(open_run(run))
+
+
+def evaluate(
+    target: str | Path,
+    *,
+    data: str | Path,
+    weights: str | Path | None = None,
+    class_map: str | Path | None = None,
+    labelled: bool | None = None,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Evaluate a run folder, or a dense model by name, on a folder of images, paired with the dense model; a run's record gets an entry.
+
+    Args:
+        target: a run folder, or a timm name.
+        data: a folder of images; with class folders they are labelled, without they are not.
+        weights: a weights file, for a timm name.
+        class_map: class names by label; a run remembers the one it was made with.
+        labelled: whether to use class folders as labels; None finds out.
+        batch_size: images at a time.
+        progress: told (stage, done, total).
+
+    Raises:
+        UsageError: wrong input.
+        JobError: an output is not finite.
+    """
+    run = open_run(target) if Path(target).is_dir() else None
+    if run is None:
+        opened = open_model(str(target), weights=weights)
+        cut, classes = graft(opened.host.module, empty_plan(str(target), opened.ref.anatomy)), None
+    else:
+        if weights is not None:
+            raise UsageError(f"{target} is a run folder, which holds its own weights; leave --weights out.")
+        opened, cut, classes = _open_dense(run), _load(run), _classes_of(run)
+    images = _images(data, opened, class_map, labelled, classes)
+    done = 0
+
+    def step(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress("Evaluate", done, len(images))
+
+    loader = batches(images, batch_size)
+    result = evaluate_model(cut, opened.host.module, loader, step)
+    if run is not None:
+        asked = {"data": str(data), "data_sha256": images.sha256, "batch_size": batch_size}
+        append(run.path / RECORD, Entry("eval", utc_now(), asked, environment(), _evaluation(result, images, loader.skipped), {}))
+    return result
+
+
+def _images(
+    folder: str | Path,
+    opened: OpenModel,
+    class_map: str | Path | None,
+    labelled: bool | None,
+    classes: tuple[str, ...] | None = None,
+) -> ImageSet:
+    names = classes if class_map is None else read_class_map(class_map)
+    if labelled is None:
+        labelled = any(entry.is_dir() and not entry.name.startswith(".") for entry in Path(folder).glob("*"))
+    images = open_folder(folder, transform=opened.transform, class_map=names, labelled=labelled)
+    wanted = opened.ref.anatomy.classes
+    if labelled and names is None and len(images.classes) != wanted:
+        raise UsageError(
+            f"{folder} has {len(images.classes)} class folders and the model {wanted} classes, so folders alone do not say which label "
+            "each has; give --class-map, a text file with the model's class names in order, one a line."
+        )
+    check_labels(images, wanted)
+    return images
+
+
+def _load(run: RunFolder) -> GraftedViT:
+    state = _state(run)
+    tables = {name.removeprefix(DECIDERS): tensor for name, tensor in state.items() if name.startswith(DECIDERS)}
+    cut = graft(build(run.plan.model.name, run.plan.model.anatomy), run.plan, tables)
+    _fill(cut, {name: tensor for name, tensor in state.items() if not name.startswith(DENSE)}, run)
+    return cut
+
+
+def _open_dense(run: RunFolder) -> OpenModel:
+    """The dense model of a run: its network, with what head cuts removed put back."""
+    state = _state(run)
+    dense = {name.removeprefix(NETWORK): tensor for name, tensor in state.items() if name.startswith(NETWORK)}
+    dense |= {name.removeprefix(DENSE): tensor for name, tensor in state.items() if name.startswith(DENSE)}
+    module = build(run.plan.model.name, run.plan.model.anatomy)
+    _fill(module, dense, run)
+    opened = wrap(run.plan.model.name, module)
+    if opened.ref != run.plan.model:
+        raise UsageError(f"{run.path / MODEL} does not hold the dense weights the plan was made for; make the run again.")
+    return opened
+
+
+def _state(run: RunFolder) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(run.path / MODEL)
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{run.path / MODEL} cannot be read ({error}); restore it or make the run again.") from error
+
+
+def _fill(module: nn.Module, state: Mapping[str, Tensor], run: RunFolder) -> None:
+    try:
+        module.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise UsageError(f"{run.path / MODEL} does not fit the plan beside it; restore it or make the run again.") from error
+
+
+def _tensors(opened: OpenModel, cut: GraftedViT) -> dict[str, Tensor]:
+    """Everything a run needs to rebuild both models: the cut one's state, and the dense tensors that head cuts changed."""
+    state = {name: tensor.contiguous() for name, tensor in cut.state_dict().items()}
+    for name, tensor in opened.host.module.state_dict().items():
+        if state[NETWORK + name].shape != tensor.shape:
+            state[DENSE + name] = tensor.contiguous()
+    return state
+
+
+def _classes_of(run: RunFolder) -> tuple[str, ...] | None:
+    names = run.entries[0].results.get("classes")
+    return tuple(names) if names else None
+
+
+def _results(pruned: Pruned, images: ImageSet, skipped: Sequence[Skipped]) -> dict[str, Any]:
+    atlas = pruned.atlas
+    return {
+        **_evaluation(pruned.chosen.evaluation, images, skipped),
+        "family": pruned.chosen.family.name,
+        "dial": pruned.chosen.dial,
+        "classes": list(images.classes),
+        "atlas": {
+            "tokens": atlas.tokens.tolist(),
+            "heads": atlas.heads.tolist(),
+            "heads_stderr": atlas.heads_stderr.tolist(),
+            "images": atlas.images,
+        },
+        "router_explained": list(pruned.tables.explained),
+        "seconds": pruned.seconds,
+    }
+
+
+def _evaluation(result: Evaluation, images: ImageSet, skipped: Sequence[Skipped]) -> dict[str, Any]:
+    columns = {
+        "drift_kl": result.drift_kl,
+        "agreement": result.agreement,
+        "macs": result.macs,
+        "top1": result.top1,
+        "dense_top1": result.dense_top1,
+    }
+    return {
+        "evaluation": result.summary(),
+        "per_image": {name: column.tolist() for name, column in columns.items() if column is not None},
+        "tokens": {name: getattr(result.tokens, name)(axis=0).tolist() for name in ("mean", "min", "max")},
+        "skipped": [{"file": s.file, "reason": s.reason} for s in (*images.skipped, *skipped)],
+    }

@@ -1,0 +1,78 @@
+"""The packed token stream on its way through the blocks: carrying decisions out, and following every patch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hesper.graft.deciders import Decision
+from hesper.graft.layout import Layout
+
+
+@dataclass
+class Stream:
+    """The packed rows ``[rows, width]``, where they lie, and how many original tokens each stands for.
+
+    ``size`` ``[rows]`` is None while every token stands for itself. ``origin`` (when patches are followed) is the current row that
+    stands for each original row, -1 where it was dropped.
+    """
+
+    rows: Tensor
+    layout: Layout
+    size: Tensor | None = None
+    origin: Tensor | None = None
+
+    def follow(self) -> None:
+        """Start following where each original row goes."""
+        self.origin = torch.arange(self.layout.rows, device=self.rows.device)
+
+    def add(self, update: Tensor) -> None:
+        """Add a residual update ``[rows, width]``."""
+        # In place unless autograd may need the old rows: a fresh block of memory per half costs more than the sum itself.
+        self.rows = self.rows + update if torch.is_grad_enabled() else self.rows.add_(update)
+
+    def sizes(self) -> Tensor:
+        """``[rows]`` sizes, ones included."""
+        return torch.ones_like(self.rows[:, 0]) if self.size is None else self.size
+
+    def carry_out(self, decision: Decision) -> None:
+        """Take the decided tokens out; what is merged leaves its mass where it goes.
+
+        A destination d of total size T that receives sources s becomes x_d + sum_s size_s (x_s - x_d) / T, the size-weighted mean.
+        """
+        layout, before, size = self.layout, self.rows, self.sizes()
+        gone = decision.gone.sum(1).tolist()
+        if not any(gone):
+            return
+        gone_rows = layout.index[decision.gone]
+        stays = torch.ones(layout.rows, dtype=torch.bool, device=before.device)
+        stays[gone_rows] = False
+        keep = stays.nonzero()[:, 0]
+        place = stays.cumsum(0) - 1
+        into_rows = None if decision.into is None else layout.index.gather(1, decision.into)[decision.gone]
+        self.rows = before.index_select(0, keep)
+        if into_rows is not None:
+            to, moved = place[into_rows], size[gone_rows]
+            self.size = size[keep].index_add_(0, to, moved)
+            shift = before.index_select(0, gone_rows).sub_(before.index_select(0, into_rows))
+            self.rows.index_add_(0, to, shift.mul_((moved / self.size[to])[:, None]))
+        elif self.size is not None:
+            self.size = size[keep]
+        self.layout = layout.with_counts([count - out for count, out in zip(layout.counts, gone, strict=True)])
+        self._trace(place, gone_rows, into_rows)
+
+    def _trace(self, place: Tensor, gone: Tensor, into: Tensor | None) -> None:
+        if self.origin is None:
+            return
+        target = place.clone()
+        target[gone] = -1 if into is None else place[into]
+        self.origin = torch.where(self.origin >= 0, target[self.origin.clamp_min(0)], -1)
+
+    def patch_map(self, first: Layout) -> Tensor:
+        """``[images, patches]``: place among its image's patches of the one that stands for each original patch, -1 where dropped."""
+        assert self.origin is not None
+        starts = torch.tensor(self.layout.bounds[:-1], device=self.origin.device) + self.layout.prefix
+        local = torch.where(self.origin >= 0, self.origin - starts[first.image], -1)
+        return first.padded(local)

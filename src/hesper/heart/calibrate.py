@@ -1,0 +1,87 @@
+"""Turn a dial in nats into fixed counts or a symmetric schedule, by looking at calibration images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hesper.curvature import Batch
+from hesper.graft import GraftedViT, graft
+from hesper.graft.deciders import State
+from hesper.plan import Plan, Schedule, TokenCut
+
+Calibration = Callable[[Plan], tuple[TokenCut, ...]]
+
+
+def calibration(
+    module: nn.Module, tensors: Mapping[str, Tensor], batches: Callable[[], Iterable[Batch]], counts: str, schedule: Schedule
+) -> Calibration | None:
+    """How plans of adaptive, asymmetric cuts become what was asked for; None where they are that already.
+
+    * fixed: every block removes the number that the adaptive plan removes on average;
+    * symmetric: every block removes the same share, such that as many tokens as before reach the end. With adaptive counts each
+      block's threshold is the price at which that share goes on average.
+    """
+    if counts == "adaptive" and schedule == "asymmetric":
+        return None
+
+    def cuts(plan: Plan) -> tuple[TokenCut, ...]:
+        removed = mean_removed(graft(module, plan, tensors), batches())
+        if schedule == "symmetric":
+            removed = _same_share(plan, removed)
+        fixed = _as_counts(plan, removed)
+        if counts == "fixed":
+            return fixed
+        return _as_thresholds(plan, fixed, graft(module, replace(plan, tokens=fixed), tensors), batches())
+
+    return cuts
+
+
+def mean_removed(cut: GraftedViT, batches: Iterable[Batch]) -> list[float]:
+    """Mean number of tokens each cut block removes."""
+    total, images = np.zeros(cut.plan.model.anatomy.depth), 0
+    with torch.inference_mode():
+        for batch in batches:
+            traffic = cut.run(batch.images).traffic
+            blocks = [token_cut.block for token_cut in cut.plan.tokens]
+            total[blocks] += (traffic.attended[:, blocks] - traffic.fed[:, blocks]).sum(0)
+            images += len(batch.images)
+    return [float(total[token_cut.block] / max(images, 1)) for token_cut in cut.plan.tokens]
+
+
+def _same_share(plan: Plan, removed: list[float]) -> list[float]:
+    patches = plan.model.anatomy.tokens - plan.model.anatomy.prefix_tokens
+    left_at_end = max(patches - sum(removed), 1.0)
+    share = 1 - (left_at_end / patches) ** (1 / len(removed))
+    return [patches * (1 - share) ** index * share for index in range(len(removed))]
+
+
+def _as_counts(plan: Plan, removed: list[float]) -> tuple[TokenCut, ...]:
+    """Whole numbers whose running sum follows the running sum of the means, so that roundings do not add up."""
+    steps = np.diff(np.round(np.cumsum([0.0, *removed]))).astype(int)
+    return tuple(replace(cut, threshold=None, remove=int(step)) for cut, step in zip(plan.tokens, steps, strict=True))
+
+
+def _as_thresholds(plan: Plan, fixed: tuple[TokenCut, ...], cut: GraftedViT, batches: Iterable[Batch]) -> tuple[TokenCut, ...]:
+    """Geometric mean over images of the price of the last token each block removes."""
+    prices: dict[int, list[Tensor]] = {}
+    hooks = []
+    for block, decider in cut.deciders.items():
+        count = next(c.remove or 0 for c in fixed if c.block == int(block))
+
+        def note(decider: nn.Module, inputs: tuple[State], _: object, block: int = int(block), count: int = count) -> None:
+            if count:
+                price = decider.prices(inputs[0])[0]
+                last = price.kthvalue(min(count, price.shape[-1]), -1).values
+                prices.setdefault(block, []).append(last[last.isfinite() & (last > 0)].log())
+
+        hooks.append(decider.register_forward_hook(note))
+    with torch.inference_mode():
+        for batch in batches:
+            cut.run(batch.images)
+    limits = {block: float(torch.cat(logs).mean().exp()) for block, logs in prices.items() if len(torch.cat(logs))}
+    return tuple(replace(token_cut, threshold=limits.get(token_cut.block, 0.0), remove=None) for token_cut in plan.tokens)

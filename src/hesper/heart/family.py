@@ -1,0 +1,76 @@
+"""The nested family of plans one dial runs through, from harmless to aggressive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from hesper.heart.fit import Atlas
+from hesper.measure.macs import head_macs, token_macs
+from hesper.plan import Anatomy, Combine, HeadCut, Plan, TokenCut
+
+Counts = Literal["adaptive", "fixed"]
+Heads = Literal["none", "static"]
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """Plans indexed by a dial in nats: a token leaves where its price is below the dial, a head where its price per MAC is.
+
+    ``blank`` is the plan without cuts; ``blocks`` are those that let tokens go; ``atlas`` holds the head prices. With fixed counts
+    or a symmetric schedule, ``calibrated`` turns the dial into cuts by looking at calibration images.
+    """
+
+    name: str
+    blank: Plan
+    blocks: tuple[int, ...]
+    combine: Combine
+    heads: Heads
+    atlas: Atlas
+    calibrated: Callable[[Plan], tuple[TokenCut, ...]] | None = None
+
+    def at(self, dial: float) -> Plan:
+        """The family's member at ``dial`` nats."""
+        tokens = tuple(TokenCut(block, self.combine, threshold=dial) for block in self.blocks)
+        plan = replace(self.blank, tokens=tokens, heads=self.head_cuts(dial))
+        return plan if self.calibrated is None else replace(plan, tokens=self.calibrated(plan))
+
+    def head_cuts(self, dial: float) -> tuple[HeadCut, ...]:
+        """Heads whose price per MAC is below that of the dearest token cut: dial / MACs a token saves on average (a head, without tokens)."""
+        if self.heads == "none":
+            return ()
+        anatomy = self.blank.model.anatomy
+        saved = token_macs(anatomy, self.blocks) if self.blocks else head_macs(anatomy)
+        return affordable_heads(self.atlas.heads, anatomy, dial / saved)
+
+
+def affordable_heads(prices: Tensor, anatomy: Anatomy, price_per_mac: float) -> tuple[HeadCut, ...]:
+    """Heads priced below ``price_per_mac`` times the MACs they save; the dearest head of a block always stays.
+
+    Example:
+        >>> import torch
+        >>> tiny = Anatomy(1, 192, 3, 64, 768, 197, 1, 1000, 768, (224, 224), (14, 14), False)
+        >>> affordable_heads(torch.tensor([[1.0, 0.0, 2.0]]), tiny, 1e-9)
+        (HeadCut(block=0, remove=(1,)),)
+    """
+    limit = price_per_mac * head_macs(anatomy)
+    cuts = []
+    for block, row in enumerate(prices.tolist()):
+        dearest = max(range(len(row)), key=row.__getitem__)
+        cheap = tuple(head for head, price in enumerate(row) if price <= limit and head != dearest)
+        if cheap:
+            cuts.append(HeadCut(block, cheap))
+    return tuple(cuts)
+
+
+def every_block(anatomy: Anatomy) -> tuple[int, ...]:
+    """All blocks after which a cut token is missed by somebody."""
+    return tuple(range(anatomy.depth if anatomy.reads_patches else anatomy.depth - 1))
+
+
+def alternate_blocks(anatomy: Anatomy) -> tuple[int, ...]:
+    """Every other block: deciding costs half as much, and each decision sees more candidates to choose from."""
+    return every_block(anatomy)[::2]

@@ -1,0 +1,151 @@
+"""The offline half of HEART: from calibration images to the small tables that price tokens online."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hesper.curvature import Batch
+from hesper.errors import JobError, UsageError
+from hesper.graft.attention import attend, reader_attention
+from hesper.graft.deciders import State
+from hesper.graft.layout import Layout
+from hesper.heart.criteria import Criterion, sensitivity, stream_curvature
+from hesper.heart.metric import metric_root
+from hesper.heart.ridge import Ridge
+from hesper.hosts import Host
+from hesper.plan import Combine
+
+RIDGE = 3.0
+SMALLEST = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """What pricing needs online, by name (see :func:`hesper.graft.graft`), and how well the routers explain their targets.
+
+    ``explained`` has the share of the log target's variance per block.
+    """
+
+    tensors: dict[str, Tensor]
+    explained: tuple[float, ...]
+    images: int
+
+
+@dataclass(frozen=True, eq=False)
+class Atlas:
+    """Mean prices in nats over calibration images, for head cuts and for looking at.
+
+    ``tokens`` ``[depth, patches]``, ``heads`` and ``heads_stderr`` ``[depth, heads]`` (over images).
+    """
+
+    tokens: Tensor
+    heads: Tensor
+    heads_stderr: Tensor
+    images: int
+
+
+def fit_tables(
+    host: Host, batches: Iterable[Batch], criterion: Criterion, combine: Combine, rank: int, generator: torch.Generator
+) -> Tables:
+    """Fit metric and router of every block on the dense trajectory of calibration images.
+
+    Merging needs the curvature metric (in ``rank`` dimensions) and a router for the token curvature w relative to it; dropping
+    needs a router for the price of deletion. Routers are ridge regressions of the log target on the normalised token and the log
+    attention the reader pays it.
+
+    Raises:
+        UsageError: no images, a rank above the width, or labels missing for the criterion.
+        JobError: the model's outputs or curvatures are not finite.
+    """
+    if not 1 <= rank <= host.anatomy.width:
+        raise UsageError(f"The rank must lie between 1 and the model's width {host.anatomy.width}, not {rank}.")
+    sums = _Sums(host)
+    for batch in batches:
+        if combine == "merge":
+            found = stream_curvature(host, batch, criterion, generator)
+            sums.add_curvature(batch, found.second_moment, found.strength)
+        else:
+            sums.add_curvature(batch, None, sensitivity(host, batch, criterion, generator).tokens)
+    if not sums.images:
+        raise UsageError("There are no calibration images to fit on; give a folder with images.")
+    return sums.tables(combine, rank)
+
+
+def survey(host: Host, batches: Iterable[Batch], criterion: Criterion, generator: torch.Generator) -> Atlas:
+    """Mean price of every patch position and head over calibration images."""
+    tokens, heads = [], []
+    for batch in batches:
+        found = sensitivity(host, batch, criterion, generator)
+        tokens.append(found.tokens)
+        heads.append(found.heads)
+    if not heads:
+        raise UsageError("There are no calibration images to survey; give a folder with images.")
+    every = torch.cat(heads)
+    error = every.std(0) / len(every) ** 0.5 if len(every) > 1 else torch.full_like(every[0], float("nan"))
+    return Atlas(torch.cat(tokens).mean(0), every.mean(0), error, len(every))
+
+
+def dense_states(host: Host, images: Tensor) -> Iterator[State]:
+    """The state each block of the dense model would decide on, block by block."""
+    with torch.no_grad():
+        embedded = host.embed(images)
+        layout = Layout((embedded.shape[1],) * len(images), host.anatomy.prefix_tokens, images.device)
+        rows = embedded.flatten(0, 1)
+        size = torch.ones_like(rows[:, 0])
+        for block in host.blocks:
+            projected = block.project(rows)
+            rows = rows + block.merge_heads(attend(projected, None, layout, block.scale))
+            attention = reader_attention(projected, None, layout, block.scale)
+            yield State(rows, projected.normed, projected.key, projected.value, attention, size, layout)
+            rows = rows + block.feed(rows)
+
+
+class _Sums:
+    """Running sums over calibration images; memory does not grow with their number."""
+
+    def __init__(self, host: Host) -> None:
+        anatomy = host.anatomy
+        square = (anatomy.depth, anatomy.width, anatomy.width)
+        self.host = host
+        self.images = 0
+        self.moment = torch.zeros(square, dtype=torch.float64)
+        self.covariance = torch.zeros(square, dtype=torch.float64)
+        self.routers = [Ridge(anatomy.width + anatomy.heads) for _ in range(anatomy.depth)]
+
+    def add_curvature(self, batch: Batch, moment: Tensor | None, target: Tensor) -> None:
+        """Add a batch: the metric's second moments (or None) and the routers' targets ``[images, depth, patches]``."""
+        if not bool(torch.isfinite(target).all()):
+            raise JobError("The curvature of a calibration batch is not finite; check the model's weights and the images.")
+        if moment is not None:
+            self.moment += moment.double().cpu()
+        floor = SMALLEST * target.clamp_min(0).mean((0, 2)).clamp_min(torch.finfo(target.dtype).tiny)
+        for block, state in enumerate(dense_states(self.host, batch.images)):
+            patches = state.layout.padded(state.stream)
+            centred = (patches - patches.mean(1, keepdim=True)).flatten(0, 1).double().cpu()
+            self.covariance[block] += centred.T @ centred
+            features = state.layout.padded(torch.cat([state.normed, state.attention], 1)).flatten(0, 1)
+            self.routers[block].add(features.cpu(), target[:, block].flatten().clamp_min(floor[block]).log().cpu())
+        self.images += len(batch.images)
+
+    def tables(self, combine: Combine, rank: int) -> Tables:
+        """Solve for every block."""
+        anatomy = self.host.anatomy
+        patches = self.images * (anatomy.tokens - anatomy.prefix_tokens)
+        tensors, explained = {}, []
+        for block, router in enumerate(self.routers):
+            weights, offset, share = router.solve(RIDGE)
+            explained.append(share)
+            if combine == "merge":
+                metric = self.moment[block] / patches
+                root = metric_root(metric, self.covariance[block] / patches, rank)
+                tensors[f"{block}.root"] = root.float()
+                # The router's target is the trace of the token's own curvature; relative to the metric's it has mean one.
+                offset -= float(metric.trace().clamp_min(torch.finfo(torch.float64).tiny).log())
+            tensors[f"{block}.router.direction"] = weights[: anatomy.width].float()
+            tensors[f"{block}.router.attention"] = weights[anatomy.width :].float()
+            tensors[f"{block}.router.offset"] = torch.tensor(offset)
+        return Tables(tensors, tuple(explained), self.images)

@@ -1,0 +1,186 @@
+"""HEART from end to end: model, calibration images and a budget in; plan, grafted model and evidence out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import hesper
+from hesper.curvature import CrossEntropy, DenseKL
+from hesper.data import ImageSet, LoadedBatch, Skipped, batches, check_labels, split
+from hesper.errors import UsageError
+from hesper.graft import GraftedViT, graft
+from hesper.heart.budget import Chosen, Trial, check_budget, choose
+from hesper.heart.calibrate import calibration
+from hesper.heart.criteria import Criterion
+from hesper.heart.family import Counts, Family, Heads, alternate_blocks, every_block
+from hesper.heart.fit import Atlas, Tables, fit_tables, survey
+from hesper.heart.price import plan_price
+from hesper.hosts.open import OpenModel
+from hesper.measure.evaluate import dense_logits, estimate, evaluate
+from hesper.plan import Budget, Combine, Estimate, Plan, Pricing, Provenance, Schedule
+from hesper.runs import utc_now
+
+FIT_SHARE = 0.5
+MOST_FIT_IMAGES = 512
+TUNE_IMAGES = 128
+SURVEY_IMAGES = 64
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to prune. ``rank`` and ``gamma`` shape merging; ``blocks`` says which blocks may let tokens go ("auto" measures)."""
+
+    budget: Budget
+    criterion: Criterion = Criterion()
+    combine: Combine = "merge"
+    counts: Counts = "adaptive"
+    schedule: Schedule = "asymmetric"
+    tokens: bool = True
+    heads: Heads = "static"
+    rank: int = 24
+    gamma: float = 0.35
+    blocks: Literal["auto", "every", "alternate"] = "auto"
+    batch_size: int = 32
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """What pruning found: the chosen plan and how it did, the grafted model, its tables, and the sensitivities behind them."""
+
+    chosen: Chosen
+    model: GraftedViT
+    tables: Tables
+    atlas: Atlas
+    verify: tuple[int, ...]
+    skipped: tuple[Skipped, ...]
+    seconds: dict[str, float]
+
+
+def prune(model: OpenModel, images: ImageSet, settings: Settings, report: Report | None = None) -> Pruned:
+    """Prune ``model`` within a budget, on calibration ``images`` of which half only verify.
+
+    No weight of the network is trained. ``report`` is told (stage, done, total) as work proceeds.
+
+    Raises:
+        UsageError: a budget out of range, too few images for it, or labels missing.
+        JobError: a budget no plan keeps.
+    """
+    if not settings.tokens and settings.heads == "none":
+        raise UsageError("With --no-tokens and --heads none there is nothing to cut; allow one of them.")
+    if settings.criterion.needs_labels:
+        if images.labels is None:
+            raise UsageError(f"The criterion '{settings.criterion.name}' needs labels; give class folders, or use the criterion 'kl'.")
+        check_labels(images, model.ref.anatomy.classes)
+    work = _Work(model, images, settings, report or (lambda stage, done, total: None))
+    return work.run()
+
+
+class _Work:
+    """One pruning job: the model, the split images, and the clock."""
+
+    def __init__(self, model: OpenModel, images: ImageSet, settings: Settings, report: Report) -> None:
+        self.model, self.images, self.settings, self.report = model, images, settings, report
+        if len(images) < 4:
+            raise UsageError(f"Pruning needs at least 4 calibration images, and there are {len(images)}; give more.")
+        self.fit, self.verify = split(images, (FIT_SHARE, 1 - FIT_SHARE), settings.seed)
+        self.fit = self.fit[:MOST_FIT_IMAGES]
+        self.tune = self.fit[:TUNE_IMAGES]
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.seconds: dict[str, float] = {}
+        self.logits: dict[str, list[Tensor]] = {}
+        self.skipped: dict[str, Skipped] = {}
+
+    def run(self) -> Pruned:
+        """Fit, search, verify."""
+        settings, host = self.settings, self.model.host
+        check_budget(settings.budget, len(self.verify))
+        started = time.perf_counter()
+        atlas = survey(host, self._batches("Survey sensitivities", self.fit[:SURVEY_IMAGES], 16), settings.criterion, self.generator)
+        started = self._clock("survey", started)
+        tables = Tables({}, (), 0)
+        if settings.tokens:
+            seen = self._batches("Fit metric and router", self.fit)
+            tables = fit_tables(host, seen, settings.criterion, settings.combine, settings.rank, self.generator)
+        started = self._clock("fit", started)
+        chosen = choose(self._families(tables, atlas), settings.budget, self._trial("tune", tables), self._trial("verify", tables))
+        started = self._clock("search", started)
+        grafted = graft(host.module, chosen.plan, tables.tensors)
+        plan = replace(chosen.plan, measured=chosen.measured, points=chosen.points, expected_loss=self._expected(grafted))
+        grafted.plan = plan
+        self._clock("price", started)
+        return Pruned(replace(chosen, plan=plan), grafted, tables, atlas, self.verify, tuple(self.skipped.values()), self.seconds)
+
+    def _expected(self, grafted: GraftedViT) -> Estimate:
+        """The second-order price of the plan on survey images, at temperature 1 like the drift it is compared with."""
+        loss = CrossEntropy() if self.settings.criterion.name == "ce" else DenseKL()
+        seen = self._batches("Price the plan", self.fit[:SURVEY_IMAGES], 8)
+        prices = torch.cat([plan_price(self.model.host, grafted, batch, loss) for batch in seen])
+        return estimate(prices.double().numpy())
+
+    def _families(self, tables: Tables, atlas: Atlas) -> list[Family]:
+        settings, anatomy = self.settings, self.model.ref.anatomy
+        stages = {"every": every_block(anatomy), "alternate": alternate_blocks(anatomy)}
+        names = list(stages) if settings.blocks == "auto" else [settings.blocks]
+        if not settings.tokens:
+            stages, names = {"heads alone": ()}, ["heads alone"]
+        heads: list[Heads] = ["none", "static"] if settings.heads == "static" and settings.tokens else [settings.heads]
+        shape = calibration(
+            self.model.host.module,
+            tables.tensors,
+            lambda: self._batches("Calibrate counts", self.tune[:64]),
+            settings.counts,
+            settings.schedule,
+        )
+        return [
+            Family(f"{name} block, heads {kind}", self._blank(), stages[name], settings.combine, kind, atlas, shape)
+            for name in names
+            for kind in heads
+        ]
+
+    def _blank(self) -> Plan:
+        settings = self.settings
+        anatomy = self.model.ref.anatomy
+        pricing = Pricing(settings.criterion.name, settings.criterion.temperature, settings.rank, settings.gamma)
+        provenance = Provenance(
+            hesper.__version__, torch.__version__, settings.seed, self.images.sha256, len(self.fit), len(self.verify), utc_now()
+        )
+        skip_unread = settings.tokens and not anatomy.reads_patches
+        return Plan(self.model.ref, pricing, settings.schedule, (), (), skip_unread, settings.budget, None, None, (), provenance)
+
+    def _trial(self, name: str, tables: Tables) -> Callable[[Family], Trial]:
+        indices = self.tune if name == "tune" else self.verify
+        label = "Search the dial" if name == "tune" else "Verify on unseen images"
+
+        def trial(family: Family) -> Trial:
+            if name not in self.logits:
+                self.logits[name] = dense_logits(self.model.host.module, self._batches("Run the dense model", indices))
+            return lambda plan: evaluate(
+                graft(self.model.host.module, plan, tables.tensors), self.logits[name], self._batches(f"{label}: {family.name}", indices)
+            )
+
+        return trial
+
+    def _batches(self, stage: str, indices: Sequence[int], size: int | None = None) -> Iterator[LoadedBatch]:
+        """Batches that report progress as they are taken."""
+        done = 0
+        self.report(stage, 0, len(indices))
+        loader = batches(self.images, size or self.settings.batch_size, indices=indices)
+        for batch in loader:
+            yield batch
+            done += len(batch.images)
+            self.report(stage, done, len(indices))
+        self.skipped |= {skip.file: skip for skip in loader.skipped}
+
+    def _clock(self, name: str, started: float) -> float:
+        now = time.perf_counter()
+        self.seconds[name] = now - started
+        return now

@@ -1,0 +1,56 @@
+"""What a sample lets one promise: upper bounds on a mean, distribution-free where the risk is bounded, asymptotic where not."""
+
+from __future__ import annotations
+
+import math
+
+from scipy import stats
+
+
+def disagreement_p_value(rate: float, n: int, limit: float) -> float:
+    """Hoeffding-Bentkus p-value of "the true rate exceeds ``limit``" when ``n`` images showed ``rate``.
+
+        p = min( exp(-n KL(min(rate, limit) || limit)),  e P[Binomial(n, limit) <= ceil(n rate)] )
+
+    Valid for any distribution of a risk in [0, 1]. Angelopoulos et al., "Learn then Test", arXiv 2110.01052, section 3.1;
+    Bentkus (2004).
+
+    Example:
+        >>> disagreement_p_value(0.0, 100, 0.05) < 0.05 < disagreement_p_value(0.0, 20, 0.05)
+        True
+    """
+    low = min(rate, limit)
+    hoeffding = math.exp(-n * _binary_divergence(low, limit))
+    # The mean of n zero-one losses is a count over n; rounding keeps 3 / 7 * 7 from becoming 4.
+    bentkus = math.e * float(stats.binom.cdf(math.ceil(round(n * rate, 9)), n, limit))
+    return min(1.0, hoeffding, bentkus)
+
+
+def images_needed(limit: float, confidence: float) -> int:
+    """The fewest images that could ever prove a disagreement of at most ``limit``: those of a sample without any.
+
+    Example:
+        >>> images_needed(0.05, 0.95)
+        59
+    """
+    return math.ceil(math.log(1 - confidence) / math.log(1 - limit))
+
+
+def mean_upper_bound(mean: float, stderr: float, n: int, confidence: float) -> float:
+    """One-sided upper confidence bound of a mean by Student's t: asymptotic, not distribution-free.
+
+    Example:
+        >>> round(mean_upper_bound(1.0, 0.1, 1000, 0.95), 3)
+        1.165
+    """
+    if n < 2:
+        return math.inf
+    return mean + float(stats.t.ppf(confidence, n - 1)) * stderr
+
+
+def _binary_divergence(a: float, b: float) -> float:
+    """KL divergence of two Bernoulli distributions, in nats."""
+    if b in (0.0, 1.0):
+        return 0.0 if a == b else math.inf
+    first = a * math.log(a / b) if a > 0 else 0.0
+    return first + ((1 - a) * math.log((1 - a) / (1 - b)) if a < 1 else 0.0)
