@@ -1,3 +1,37 @@
-"""Hesper: Hessian-guided pruning for edge runtimes."""
+"""Hesper: Hessian-guided pruning for edge runtimes.
+
+``prune``, ``load`` and ``evaluate`` are the verbs of the command line, in Python. They are imported when first used, so that the
+words of the project (``hesper.plan``, ``hesper.runs``) stay free of torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hesper.api import evaluate, load, prune
+    from hesper.graft import graft
+    from hesper.heart.criteria import Criterion
+    from hesper.heart.prune import Settings
+    from hesper.hosts.open import open_model
 
 __version__ = "0.1.0"
+
+_DOORS = {
+    "Criterion": "hesper.heart.criteria",
+    "Settings": "hesper.heart.prune",
+    "evaluate": "hesper.api",
+    "graft": "hesper.graft",
+    "load": "hesper.api",
+    "open_model": "hesper.hosts.open",
+    "prune": "hesper.api",
+}
+
+__all__ = ["Criterion", "Settings", "__version__", "evaluate", "graft", "load", "open_model", "prune"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _DOORS:
+        return getattr(importlib.import_module(_DOORS[name]), name)
+    raise AttributeError(f"module 'hesper' has no attribute {name!r}")

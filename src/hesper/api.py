@@ -215,13 +215,8 @@ def _results(pruned: Pruned, images: ImageSet, skipped: Sequence[Skipped]) -> di
 
 
 def _evaluation(result: Evaluation, images: ImageSet, skipped: Sequence[Skipped]) -> dict[str, Any]:
-    columns = {
-        "drift_kl": result.drift_kl,
-        "agreement": result.agreement,
-        "macs": result.macs,
-        "top1": result.top1,
-        "dense_top1": result.dense_top1,
-    }
+    names = ("drift_kl", "agreement", "macs", "top1", "dense_top1")
+    columns = {name: getattr(result, name) for name in names}
     return {
         "evaluation": result.summary(),
         "per_image": {name: column.tolist() for name, column in columns.items() if column is not None},

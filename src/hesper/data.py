@@ -198,7 +198,8 @@ class Batches(Iterator[LoadedBatch]):
         if self.yielded == 0 and self.skipped:
             first = self.skipped[0]
             raise UsageError(
-                f"none of the {len(self.skipped)} files in {self._images.root} can be decoded ({first.file}: {first.reason}); give real images"
+                f"none of the {len(self.skipped)} files in {self._images.root} can be decoded ({first.file}: {first.reason}); "
+                "give real images"
             )
 
     def _batch(self, ready: list[tuple[int, Tensor]]) -> LoadedBatch:

@@ -72,18 +72,13 @@ def reader_attention(projected: Projected, log_size: Tensor | None, layout: Layo
         layout: of the rows.
         scale: on the logits.
     """
-    query, key = projected.query, projected.key
+    queries = projected.query
+    reader = layout.prefix_rows(queries)[:, 0] if layout.prefix else torch.stack([own.mean(0) for own in layout.split(queries)])
+    # Products and sums rather than a matrix product: with one query per image, arranging the keys for it costs more than it saves.
+    logits = (projected.key * layout.spread(reader * scale)).sum(-1)
+    mass = logits if log_size is None else logits + log_size[:, None]
     if layout.rectangular:
-        queries, keys = layout.by_image(query), layout.by_image(key)
-        reader = queries[:, 0] if layout.prefix else queries.mean(1)
-        logits = torch.einsum("bhd,bnhd->bnh", reader * scale, keys)
-        mass = logits if log_size is None else logits + layout.by_image(log_size)[..., None]
-        return (logits - mass.logsumexp(1, keepdim=True)).flatten(0, 1)
-    parts = []
-    for image, (own, keys) in enumerate(zip(layout.split(query), layout.split(key), strict=True)):
-        reader = own[0] if layout.prefix else own.mean(0)
-        logits = torch.bmm(keys.transpose(0, 1), (reader * scale)[..., None])[..., 0]
-        first, last = layout.bounds[image : image + 2]
-        mass = logits if log_size is None else logits + log_size[first:last]
-        parts.append(logits - mass.logsumexp(1, keepdim=True))
-    return torch.cat(parts, 1).T
+        share = layout.by_image(mass).log_softmax(1).flatten(0, 1)
+        return share if log_size is None else share - log_size[:, None]
+    every = layout.padded(mass).masked_fill(~layout.valid[..., None], -torch.inf)
+    return logits - layout.spread(torch.cat([layout.prefix_rows(mass), every], 1).logsumexp(1))

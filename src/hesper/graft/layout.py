@@ -78,6 +78,10 @@ class Layout:
         """A view of each image's rows, which lie along ``dim``."""
         return torch.split(rows, list(self.counts), dim)
 
+    def spread(self, values: Tensor) -> Tensor:
+        """One value per image ``[images, ...]`` repeated for each of its rows, ``[rows, ...]``."""
+        return values.expand(self.rows, *values.shape[1:]) if len(self.counts) == 1 else values.index_select(0, self.image)
+
     def padded(self, rows: Tensor) -> Tensor:
         """Patch rows ``[rows, ...]`` as ``[images, most patches, ...]``; a view where nothing is ragged."""
         if self.rectangular:

@@ -14,7 +14,7 @@ from hesper.graft.attention import attend, attend_readers, reader_attention
 from hesper.graft.deciders import Decider, State
 from hesper.graft.layout import Layout
 from hesper.graft.stream import Stream
-from hesper.hosts.base import Host, HostBlock, Projected
+from hesper.hosts.base import Host, HostBlock
 from hesper.measure.macs import Counts, dense_macs, model_macs
 from hesper.plan import Plan
 
@@ -70,7 +70,7 @@ class GraftedViT(nn.Module):
         if self.untouched:
             out: Tensor = self.network(images)
             return out
-        return self.run(images).logits
+        return self._run(images, False)[0]
 
     @property
     def untouched(self) -> bool:
@@ -85,10 +85,16 @@ class GraftedViT(nn.Module):
     def run(self, images: Tensor, *, trace: bool = False) -> Outcome:
         """Logits with the account of what ran; ``trace`` also follows every patch."""
         self._check(images)
+        logits, book, maps = self._run(images, trace)
+        anatomy, traffic = self.plan.model.anatomy, self._traffic(book)
+        heads = [block.heads for block in self.host.blocks]
+        macs = model_macs(anatomy, heads, traffic.attended, traffic.queries, traffic.fed, traffic.deciding)
+        return Outcome(logits, macs, traffic, tuple(maps) if trace else None)
+
+    def _run(self, images: Tensor, trace: bool) -> tuple[Tensor, _Book, list[Tensor]]:
         host, anatomy = self.host, self.plan.model.anatomy
-        embedded = host.embed(images)
         first = Layout((anatomy.tokens,) * len(images), anatomy.prefix_tokens, images.device)
-        stream, book, maps = Stream(embedded.flatten(0, 1), first), _Book(len(images)), []
+        stream, book, maps = Stream(host.embed(images).flatten(0, 1), first), _Book(), []
         if trace:
             stream.follow()
         last = anatomy.depth - 1 if self.plan.skip_unread else anatomy.depth
@@ -98,10 +104,7 @@ class GraftedViT(nn.Module):
             if trace:
                 maps.append(stream.patch_map(first))
         logits = self._finish_readers(stream, book) if self.plan.skip_unread else self._finish(stream)
-        traffic = book.close()
-        heads = [block.heads for block in host.blocks]
-        macs = model_macs(anatomy, heads, traffic.attended, traffic.queries, traffic.fed, traffic.deciding)
-        return Outcome(logits, macs, traffic, tuple(maps) if trace else None)
+        return logits, book, maps
 
     def _through(self, index: int, block: HostBlock, stream: Stream, book: _Book) -> None:
         """One block: the host's own where nothing is special, otherwise its halves with the decision between them."""
@@ -115,24 +118,30 @@ class GraftedViT(nn.Module):
         log_size = None if stream.size is None else stream.size.log()
         stream.add(block.merge_heads(attend(projected, log_size, layout, block.scale)))
         if decides:
-            self._decide(cast(Decider, self.deciders[str(index)]), block, projected, log_size, stream, book)
+            decider = cast(Decider, self.deciders[str(index)])
+            attention = projected.key.new_empty(layout.rows, 0)
+            if decider.reads_attention:
+                attention = reader_attention(projected, log_size, layout, block.scale)
+            state = State(stream.rows, projected.normed, projected.key, projected.value, attention, stream.sizes(), layout)
+            stream.carry_out(decider(state))
         book.add(layout.counts, layout.counts, stream.layout.counts)
         stream.add(block.feed(stream.rows))
 
-    def _decide(
-        self, decider: Decider, block: HostBlock, projected: Projected, log_size: Tensor | None, stream: Stream, book: _Book
-    ) -> None:
-        layout, anatomy = stream.layout, self.plan.model.anatomy
-        counts = np.array(layout.counts)
-        spent = decider.macs(counts, layout.prefix)
-        attention = projected.key.new_empty(layout.rows, 0)
-        if decider.reads_attention:
-            attention = reader_attention(projected, log_size, layout, block.scale)
-            spent = spent + counts * block.heads * anatomy.head_dim
-        decision = decider(State(stream.rows, projected.normed, projected.key, projected.value, attention, stream.sizes(), layout))
-        stream.carry_out(decision)
-        moved = 0 if decision.into is None else counts - np.array(stream.layout.counts)
-        book.decide(spent + moved * anatomy.width)
+    def _traffic(self, book: _Book) -> Traffic:
+        """The account of a run: who went where, and what deciding and merging cost each image."""
+        anatomy = self.plan.model.anatomy
+        attended, queries, fed = (np.array(column, dtype=np.int64).T for column in (book.attended, book.queries, book.fed))
+        deciding: Counts = np.zeros(len(attended), dtype=np.int64)
+        for cut in self.plan.tokens:
+            if self.plan.skip_unread and cut.block == anatomy.depth - 1:
+                continue  # its patches do not get as far as a decision
+            decider, tokens = cast(Decider, self.deciders[str(cut.block)]), attended[:, cut.block]
+            deciding = deciding + decider.macs(tokens, anatomy.prefix_tokens)
+            if decider.reads_attention:
+                deciding = deciding + tokens * self.host.blocks[cut.block].heads * anatomy.head_dim
+            if cut.combine == "merge":
+                deciding = deciding + (tokens - fed[:, cut.block]) * anatomy.width
+        return Traffic(attended, queries, fed, deciding)
 
     def _finish(self, stream: Stream) -> Tensor:
         """Logits from the last rows; a pooling classifier's mean weighs every token by its size."""
@@ -170,17 +179,12 @@ class GraftedViT(nn.Module):
 class _Book:
     """Keeps count of the tokens block by block."""
 
-    def __init__(self, images: int) -> None:
-        self.columns: tuple[list[tuple[int, ...]], ...] = ([], [], [])
-        self.deciding: Counts = np.zeros(images, dtype=np.int64)
+    def __init__(self) -> None:
+        self.attended: list[tuple[int, ...]] = []
+        self.queries: list[tuple[int, ...]] = []
+        self.fed: list[tuple[int, ...]] = []
 
     def add(self, attended: tuple[int, ...], queries: tuple[int, ...], fed: tuple[int, ...]) -> None:
-        for column, counts in zip(self.columns, (attended, queries, fed), strict=True):
-            column.append(counts)
-
-    def decide(self, macs: Counts) -> None:
-        self.deciding = self.deciding + macs
-
-    def close(self) -> Traffic:
-        attended, queries, fed = (np.array(column, dtype=np.int64).T for column in self.columns)
-        return Traffic(attended, queries, fed, self.deciding)
+        self.attended.append(attended)
+        self.queries.append(queries)
+        self.fed.append(fed)

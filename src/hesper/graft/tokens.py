@@ -41,13 +41,12 @@ def ward_prices(points: Tensor, size: Tensor, weight: Tensor, valid: Tensor) -> 
         >>> to.tolist()
         [[0, 2]]
     """
-    s_from, s_to = size[:, 1::2, None], size[:, None, ::2]
-    w_from, w_to = weight[:, 1::2, None], weight[:, None, ::2]
-    share = s_from / (s_from + s_to)
+    # Dividing by sizes first leaves few passes over the pairs: |y_i - y_j|^2 (w_i / s_i + w_j / s_j) / (1 / s_i + 1 / s_j)^2.
+    inverse = size.reciprocal()
+    ratio = weight * inverse
     cost = squared_distances(points[:, 1::2], points[:, ::2])
-    cost = cost.mul_(share * (1 - share)).mul_(w_from * s_to + w_to * s_from)
-    cost = cost.masked_fill_(~valid[:, None, ::2], INFINITY)
-    price, to = cost.min(-1)
+    cost = cost.mul_(ratio[:, 1::2, None] + ratio[:, None, ::2]).div_((inverse[:, 1::2, None] + inverse[:, None, ::2]).square_())
+    price, to = cost.masked_fill_(~valid[:, None, ::2], INFINITY).min(-1)
     return price.masked_fill(~valid[:, 1::2], INFINITY), to * 2
 
 

@@ -71,17 +71,18 @@ def choose(families: Sequence[Family], budget: Budget, tune: Callable[[Family], 
 def _meet_macs(families: Sequence[Family], budget: Budget, tune: Callable[[Family], Trial], verify: Callable[[Family], Trial]) -> Chosen:
     target = budget.value - MARGIN
     points: list[OperatingPoint] = []
-    placed = []
+    placed: list[tuple[float, float, Family]] = []
     for family in families:
         dial, evaluation, tried = _dial_for_macs(family, tune(family), target)
         points += tried
-        placed.append((float(evaluation.drift_kl.mean()), dial, family))
-    reachable = [entry for entry in placed if entry[1] is not None]
-    if not reachable:
+        if dial is not None:
+            placed.append((float(evaluation.drift_kl.mean()), dial, family))
+    if not placed:
         least = min(point.macs for point in points)
         raise JobError(f"No plan keeps {budget.value:g} of the MACs; the least that can be had is {least:.3f}.")
-    _, dial, family = min(reachable, key=lambda entry: entry[0])
-    for _ in range(4):
+    _, start, family = min(placed, key=lambda entry: entry[0])
+    dial = start
+    while dial is not None:
         plan = family.at(dial)
         evaluation = verify(family)(plan)
         kept = evaluation.kept_macs
@@ -95,11 +96,7 @@ def _meet_macs(families: Sequence[Family], budget: Budget, tune: Callable[[Famil
         target -= (bound - budget.value) + MARGIN
         dial, _, tried = _dial_for_macs(family, tune(family), target, start=dial)
         points += tried
-        if dial is None:
-            break
-    raise JobError(
-        f"No plan of the family '{family.name}' kept {budget.value:g} of the MACs on the verification images; ask for a little more."
-    )
+    raise JobError(f"No plan ({family.name}) kept {budget.value:g} of the MACs on the verification images; ask for a little more.")
 
 
 def _dial_for_macs(
@@ -202,7 +199,8 @@ def _verdict(budget: Budget, evaluation: Evaluation) -> tuple[bool, str]:
         drift = estimate(evaluation.drift_kl)
         bound = mean_upper_bound(drift.mean, drift.stderr, drift.n, budget.confidence)
         return bound <= budget.value, (
-            f"Drifts at most {budget.value:g} nats on average with confidence {budget.confidence:g} (asymptotic bound {bound:.4g}, {drift.n} images)."
+            f"Drifts at most {budget.value:g} nats on average with confidence {budget.confidence:g} "
+            f"(asymptotic bound {bound:.4g}, {drift.n} images)."
         )
     rate = 1 - float(evaluation.agreement.mean())
     p = disagreement_p_value(rate, evaluation.n, budget.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ def _as_thresholds(plan: Plan, fixed: tuple[TokenCut, ...], cut: GraftedViT, bat
 
         def note(decider: nn.Module, inputs: tuple[State], _: object, block: int = int(block), count: int = count) -> None:
             if count:
-                price = decider.prices(inputs[0])[0]
+                price = cast(Any, decider).prices(inputs[0])[0]
                 last = price.kthvalue(min(count, price.shape[-1]), -1).values
                 prices.setdefault(block, []).append(last[last.isfinite() & (last > 0)].log())
 

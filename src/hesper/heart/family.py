@@ -39,7 +39,7 @@ class Family:
         return plan if self.calibrated is None else replace(plan, tokens=self.calibrated(plan))
 
     def head_cuts(self, dial: float) -> tuple[HeadCut, ...]:
-        """Heads whose price per MAC is below that of the dearest token cut: dial / MACs a token saves on average (a head, without tokens)."""
+        """Heads whose price per MAC is below that of the dearest token cut: dial / MACs a token saves on average."""
         if self.heads == "none":
             return ()
         anatomy = self.blank.model.anatomy

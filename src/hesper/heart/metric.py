@@ -28,9 +28,11 @@ def metric_root(metric: Tensor, covariance: Tensor, rank: int) -> Tensor:
     """
     half = _square_root(metric.double() / 2)
     _, axes = torch.linalg.eigh(half @ covariance.double() @ half)
-    return half @ axes[:, -rank:]
+    root: Tensor = half @ axes[:, -rank:]
+    return root
 
 
 def _square_root(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    return root

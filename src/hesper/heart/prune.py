@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -39,7 +39,7 @@ class Settings:
     """How to prune. ``rank`` and ``gamma`` shape merging; ``blocks`` says which blocks may let tokens go ("auto" measures)."""
 
     budget: Budget
-    criterion: Criterion = Criterion()
+    criterion: Criterion = field(default_factory=Criterion)
     combine: Combine = "merge"
     counts: Counts = "adaptive"
     schedule: Schedule = "asymmetric"
@@ -117,7 +117,8 @@ class _Work:
         plan = replace(chosen.plan, measured=chosen.measured, points=chosen.points, expected_loss=self._expected(grafted))
         grafted.plan = plan
         self._clock("price", started)
-        return Pruned(replace(chosen, plan=plan), grafted, tables, atlas, self.verify, tuple(self.skipped.values()), self.seconds)
+        verify = tuple(index for index in self.verify if self.images.files[index] not in self.skipped)
+        return Pruned(replace(chosen, plan=plan), grafted, tables, atlas, verify, tuple(self.skipped.values()), self.seconds)
 
     def _expected(self, grafted: GraftedViT) -> Estimate:
         """The second-order price of the plan on survey images, at temperature 1 like the drift it is compared with."""

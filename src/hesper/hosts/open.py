@@ -10,9 +10,10 @@ from typing import Any
 
 import safetensors.torch
 import timm
-import timm.data
 import torch
 from safetensors import SafetensorError
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
 from hesper.data import Transform
@@ -69,8 +70,9 @@ def wrap(name: str, module: nn.Module) -> OpenModel:
     if bad:
         raise UsageError(f"The weights of {name} hold NaN or infinity in {_listed(bad)}; give weights that were saved from a sound model.")
     ref = ModelRef(name, "timm", weights_sha256(module.state_dict()), host.anatomy)
-    config = timm.data.resolve_model_data_config(module, args={"input_size": (3, *host.anatomy.image_size)})
-    return OpenModel(host, ref, timm.data.create_transform(**config, is_training=False), tuple(config["mean"]), tuple(config["std"]))
+    resolve: Any = resolve_model_data_config  # untyped in timm
+    config: dict[str, Any] = resolve(module, args={"input_size": (3, *host.anatomy.image_size)})
+    return OpenModel(host, ref, create_transform(**config, is_training=False), tuple(config["mean"]), tuple(config["std"]))
 
 
 def build(name: str, anatomy: Anatomy | None = None, *, classes: int | None = None) -> nn.Module:

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.layers import GluMlp, SwiGLU
+from timm.layers.mlp import GlobalResponseNormMlp
+from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
+from torch import nn
+
+from hesper.errors import UsageError
+from hesper.graft.attention import attend
+from hesper.graft.layout import Layout
+from hesper.hosts import Host, open_host
+from hesper.plan import Anatomy
+from vits import KINDS, REMOVABLE, pictures, vit
+
+
+def composed(host: Host, images: torch.Tensor) -> torch.Tensor:
+    stream, prefix = host.embed(images), host.anatomy.prefix_tokens
+    layout = Layout(tuple(stream.shape[1] for _ in images), prefix)
+    for block in host.blocks:
+        rows = stream.flatten(0, 1)
+        mixed = attend(block.project(rows), None, layout, block.scale).view(stream.shape[0], stream.shape[1], -1)
+        stream = stream + block.merge_heads(mixed)
+        stream = stream + block.feed(stream)
+    normed = host.norm(stream)
+    return host.readout(normed[:, :prefix], normed[:, prefix:].mean(1) if host.anatomy.reads_patches else None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_halves_compose_to_the_host_bit_for_bit(kind: str) -> None:
+    model, images = vit(kind), pictures(3)
+    host = open_host(model)
+    assert torch.equal(composed(host, images), model(images))
+    stream = host.embed(images)
+    assert torch.equal(host.blocks[0].whole(stream), model.blocks[0](stream))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_vit3", "test_vit4"])
+@torch.no_grad()
+def test_timms_own_small_models_compose(name: str) -> None:
+    model = timm.create_model(name, num_classes=7).eval()
+    host, images = open_host(model), pictures(2, size=(160, 160))
+    if host.anatomy.reads_patches or name != "test_vit3":
+        assert torch.equal(composed(host, images), model(images))
+    assert host.embed(images).shape[1] == host.anatomy.tokens
+
+
+@pytest.mark.parametrize("mlp", [partial(GluMlp, gate_last=False, act_layer=nn.SiLU), SwiGLU])
+@torch.no_grad()
+def test_gated_feed_forwards_compose_and_are_counted_by_their_weights(mlp: Any) -> None:
+    model = vit(mlp_layer=mlp, act_layer=nn.SiLU)
+    host, images = open_host(model), pictures(2)
+    assert torch.equal(composed(host, images), model(images))
+    weights = sum(p.numel() for name, p in model.blocks[0].mlp.named_parameters() if name.endswith("weight"))
+    assert 2 * host.anatomy.width * host.anatomy.mlp_width == weights
+
+
+def test_the_anatomy_is_the_models() -> None:
+    assert open_host(vit("registers")).anatomy == Anatomy(4, 24, 3, 8, 48, 17, 5, 5, 192, (32, 24), (4, 3), False)
+    assert open_host(vit("pooled", depth=2)).anatomy == Anatomy(2, 24, 3, 8, 48, 12, 0, 5, 192, (32, 24), (4, 3), True)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"block_fn": ParallelScalingBlock}, "Block 0 is a ParallelScalingBlock"),
+    ({"block_fn": ResPostBlock}, "Block 0 is a ResPostBlock"),
+    ({"attn_layer": "diff"}, "Block 0 has attention of type DiffAttention"),
+    ({"global_pool": "map", "class_token": False}, "pools by 'map'"),
+    ({"global_pool": "avgmax"}, "pools by 'avgmax'"),
+    ({"global_pool": "max"}, "pools by 'max'"),
+    ({"global_pool": ""}, "pools by ''"),
+    ({"global_pool": "avg", "pool_include_prefix": True}, "pools by 'avg with prefix tokens'"),
+    ({"num_classes": 0}, "classifier of type Identity"),
+    ({"dynamic_img_size": True, "dynamic_img_pad": True}, "PatchEmbed with dynamic padding"),
+    ({"mlp_layer": GlobalResponseNormMlp}, "Block 0 has a feed-forward half of type GlobalResponseNormMlp"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), REFUSED, ids=[reason for _, reason in REFUSED])
+def test_what_is_not_supported_is_refused_by_name(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        open_host(vit(**options))
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "deit_tiny_distilled_patch16_224", "resnet18"])
+def test_other_models_are_refused_by_name(name: str) -> None:
+    model = timm.create_model(name)
+    with pytest.raises(UsageError, match=f"type {type(model).__name__} is not supported, since"):
+        open_host(model)
+
+
+def test_blocks_altered_by_hand_are_refused() -> None:
+    gated = vit()
+    gated.blocks[2].attn.gate = nn.Linear(24, 24)
+    with pytest.raises(UsageError, match="Block 2 has gated attention"):
+        open_host(gated)
+    wrapped = vit()
+    wrapped.blocks[1].attn.qkv = nn.Sequential(wrapped.blocks[1].attn.qkv)
+    with pytest.raises(UsageError, match="Block 1 has projections of types Sequential and Linear"):
+        open_host(wrapped)
+    pruned = vit()
+    open_host(pruned).blocks[3].remove_heads([0])
+    with pytest.raises(UsageError, match="Block 3 has another shape than block 0"):
+        open_host(pruned)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_projecting_for_readers_is_projecting_with_fewer_queries(kind: str) -> None:
+    block = open_host(vit(kind, torch.float64)).blocks[1]
+    stream = torch.randn(2, 9, 24, dtype=torch.float64)
+    every, some = block.project(stream), block.project_readers(stream, stream[:, :3])
+    torch.testing.assert_close(some.query, every.query[:, :3], rtol=1e-12, atol=1e-12)
+    for name in ("normed", "key", "value"):
+        torch.testing.assert_close(getattr(some, name), getattr(every, name), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", REMOVABLE)
+@torch.no_grad()
+def test_removing_heads_is_silencing_them_with_smaller_weights(kind: str) -> None:
+    model, images = vit(kind), pictures(2)
+    silent = vit(kind)
+    head = silent.blocks[1].attn.head_dim
+    silent.blocks[1].attn.proj.weight[:, :head] = 0
+    before = model.blocks[1].attn.qkv.weight.shape
+    open_host(model).blocks[1].remove_heads([0])
+    attn = model.blocks[1].attn
+    assert attn.qkv.weight.shape == (before[0] - 3 * head, 24) and attn.proj.weight.shape == (24, before[0] // 3 - head)
+    assert open_host(vit(kind)).blocks[1].heads == attn.num_heads + 1
+    torch.testing.assert_close(model(images), silent(images), rtol=1e-5, atol=1e-5)
+
+
+def test_heads_under_a_norm_over_all_heads_stay() -> None:
+    with pytest.raises(UsageError, match="normalised over all heads"):
+        open_host(vit("attention_norm")).blocks[0].remove_heads([0])

@@ -1,0 +1,105 @@
+"""Tiny timm vision transformers of every supported kind, plans and tables for them, and a forward pass written from its definition."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from hesper.hosts import open_host
+from hesper.plan import Combine, HeadCut, Plan, Pricing, TokenCut, empty_plan
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "layer_scale": {"init_values": 0.3},
+    "qk_norm": {"qk_norm": True},
+    "registers": {"reg_tokens": 4, "init_values": 0.2},
+    "attention_norm": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "pooled": {"class_token": False, "global_pool": "avg"},
+    "pooled_with_class": {"global_pool": "avg", "fc_norm": False},
+    "pooled_registers": {"class_token": False, "reg_tokens": 2, "global_pool": "avg", "fc_norm": True, "no_embed_class": True},
+    "fc_norm": {"fc_norm": True},
+    "deit3": {"no_embed_class": True, "init_values": 1e-1},
+    "dinov2": {"init_values": 0.5, "reg_tokens": 1, "no_embed_class": True, "dynamic_img_size": True},
+    "clip": {"pre_norm": True, "qkv_bias": False},
+    "wide_heads": {"num_heads": 2},
+    "no_final_norm": {"final_norm": False},
+}
+REMOVABLE = [kind for kind in KINDS if kind != "attention_norm"]
+READERS = [kind for kind, options in KINDS.items() if options.get("global_pool") != "avg"]
+RANK = 5
+
+
+def vit(kind: str = "plain", dtype: torch.dtype = torch.float32, **options: Any) -> VisionTransformer:
+    """A tiny model with weights large enough for attention to be far from uniform."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"img_size": (32, 24), "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3, "num_classes": 5}
+    model = VisionTransformer(**{**shape, "mlp_ratio": 2, **KINDS[kind], **options})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval().to(dtype)
+
+
+def pictures(count: int, dtype: torch.dtype = torch.float32, size: tuple[int, int] = (32, 24)) -> Tensor:
+    """Images of rising contrast, so that adaptive cuts differ between them."""
+    noise = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    return noise * torch.linspace(0.2, 2.5, count, dtype=dtype)[:, None, None, None]
+
+
+def tables(model: VisionTransformer, seed: int = 2) -> dict[str, Tensor]:
+    """Random pricing tables for every block."""
+    anatomy, generator = open_host(model).anatomy, torch.Generator().manual_seed(seed)
+    out = {}
+    for block in range(anatomy.depth):
+        out[f"{block}.root"] = torch.randn(anatomy.width, RANK, generator=generator)
+        out[f"{block}.router.direction"] = torch.randn(anatomy.width, generator=generator) * 0.2
+        out[f"{block}.router.attention"] = torch.randn(anatomy.heads, generator=generator) * 0.3
+        out[f"{block}.router.offset"] = torch.randn((), generator=generator) - 1
+    return out
+
+
+def plan_for(
+    model: VisionTransformer,
+    cuts: Sequence[TokenCut] = (),
+    criterion: str = "kl",
+    heads: Sequence[HeadCut] = (),
+    skip_unread: bool = False,
+) -> Plan:
+    """A plan for a tiny model."""
+    blank = empty_plan("tiny", open_host(model).anatomy)
+    pricing = Pricing(criterion, 4.0, RANK, 0.5)
+    return dataclasses.replace(blank, pricing=pricing, tokens=tuple(cuts), heads=tuple(heads), skip_unread=skip_unread)
+
+
+def cuts_of(combine: Combine, blocks: Sequence[int], **how: Any) -> list[TokenCut]:
+    """The same cut after several blocks."""
+    return [TokenCut(block, combine, **how) for block in blocks]
+
+
+def attention_by_hand(block: Any, stream: Tensor, copies: Tensor) -> Tensor:
+    """The stream after one block's attention for one image ``[tokens, width]``, key j counted ``copies[j]`` times."""
+    attn = block.attn
+    qkv = attn.qkv(block.norm1(stream)).view(len(stream), 3, attn.num_heads, attn.head_dim)
+    query, key, value = attn.q_norm(qkv[:, 0]), attn.k_norm(qkv[:, 1]), qkv[:, 2]
+    weight = torch.einsum("qhd,khd->hqk", query, key).mul(attn.head_dim**-0.5).exp() * copies
+    mixed = torch.einsum("hqk,khd->qhd", weight / weight.sum(-1, keepdim=True), value).flatten(1)
+    return stream + block.ls1(attn.proj(attn.norm(mixed)))
+
+
+def feed_by_hand(block: Any, stream: Tensor) -> Tensor:
+    """The stream after one block's feed-forward half."""
+    return stream + block.ls2(block.mlp(block.norm2(stream)))
+
+
+def logits_by_hand(model: VisionTransformer, stream: Tensor, copies: Tensor) -> Tensor:
+    """Logits ``[classes]`` of one image's last stream ``[tokens, width]``; a mean counts token j ``copies[j]`` times."""
+    normed, prefix = model.norm(stream), model.num_prefix_tokens
+    if model.global_pool == "avg":
+        weight = copies[prefix:, None] / copies[prefix:].sum()
+        return model.head(model.fc_norm((normed[prefix:] * weight).sum(0)))
+    return model.head(model.fc_norm(normed[0]))
