@@ -10,7 +10,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from hesper.hosts import open_host
+from hesper.curvature import ImageBatch
+from hesper.hosts import Host, open_host
 from hesper.plan import Combine, HeadCut, Plan, Pricing, TokenCut, empty_plan
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -103,3 +104,16 @@ def logits_by_hand(model: VisionTransformer, stream: Tensor, copies: Tensor) -> 
         weight = copies[prefix:, None] / copies[prefix:].sum()
         return model.head(model.fc_norm((normed[prefix:] * weight).sum(0)))
     return model.head(model.fc_norm(normed[0]))
+
+
+SMALLEST = {"img_size": (16, 16), "embed_dim": 6, "depth": 2, "num_heads": 2}
+
+
+def tiny_host(kind: str = "plain") -> Host:
+    """A float64 host small enough for dense Hessians: four patches, two blocks of two heads, width 6."""
+    return open_host(vit(kind, torch.float64, **SMALLEST).requires_grad_(False))
+
+
+def tiny_batch(images: int) -> ImageBatch:
+    """Labelled float64 images for `tiny_host`."""
+    return ImageBatch(pictures(images, torch.float64, (16, 16)), torch.arange(images) % 5)

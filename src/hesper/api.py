@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hesper.data import ImageSet, Skipped, batches, check_labels, open_folder, read_class_map
+from hesper.device import use_device
 from hesper.errors import UsageError
 from hesper.graft import GraftedViT, graft
 from hesper.heart.gallery import choose_images, make_gallery, save_gallery
@@ -29,25 +32,29 @@ DENSE = "dense."
 
 
 def prune(
-    model: str,
+    model: str | OpenModel,
     *,
     calib: str | Path,
     out: str | Path,
     settings: Settings,
     weights: str | Path | None = None,
     class_map: str | Path | None = None,
+    data: str | Path | None = None,
+    device: str = "cpu",
     asked: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> RunFolder:
     """Prune a model within a budget and write a run folder: plan, weights, record, gallery.
 
     Args:
-        model: a timm name.
+        model: a timm name, or a model that is open already.
         calib: a folder of calibration images; half of them only verify.
         out: the run folder to make; it must not exist.
         settings: budget and method.
-        weights: a weights file, instead of timm's pretrained weights.
+        weights: a weights file for a name, instead of timm's pretrained weights.
         class_map: class names by label, one a line; without it the sorted class folders are the classes.
+        data: a folder of images to evaluate the pruned model on afterwards; the record gets a second entry.
+        device: where to compute, "cpu" or "cuda".
         asked: what the user asked for, in their words, for the record.
         progress: told (stage, done, total).
 
@@ -55,15 +62,22 @@ def prune(
         UsageError: wrong input.
         JobError: no plan keeps the budget, the disk is full, or an output is not finite.
     """
+    use_device(device)
     with new_run(out) as folder:
-        opened = open_model(model, weights=weights)
+        opened = open_model(model, weights=weights) if isinstance(model, str) else model
         images = _images(calib, opened, class_map, settings.criterion.needs_labels)
-        pruned = prune_model(opened, images, settings, progress)
+        # Opened before the work begins, so that a wrong folder is found out now and not at the end.
+        judged = None if data is None else _images(data, opened, class_map, None)
+        pruned = prune_model(_on(opened, device), dataclasses.replace(images, device=device), settings, progress)
+        cut = pruned.model.cpu()
         write_text(folder / PLAN, dumps(pruned.chosen.plan))
-        safetensors.torch.save_file(_tensors(opened, pruned.model), folder / MODEL)
+        safetensors.torch.save_file(_tensors(opened, cut), folder / MODEL)
         chosen = [pruned.verify[i] for i in choose_images(pruned.chosen.evaluation.macs.tolist())]
-        save_gallery(folder, make_gallery(opened, pruned.model, images, chosen))
+        save_gallery(folder, make_gallery(opened, cut, images, chosen))
         seal(folder, "prune", asked=asked or {}, results=_results(pruned, images, pruned.skipped))
+        if judged is not None:
+            result, skipped = _compare(opened, cut, judged, settings.batch_size, device, progress)
+            append(folder / RECORD, _entry(result, judged, skipped, data, settings.batch_size))
     return open_run(out)
 
 
@@ -84,7 +98,9 @@ def evaluate(
     class_map: str | Path | None = None,
     labelled: bool | None = None,
     batch_size: int = 32,
+    device: str = "cpu",
     progress: Progress | None = None,
+    skipped: Callable[[Sequence[Skipped]], None] | None = None,
 ) -> Evaluation:
     """Evaluate a run folder, or a dense model by name, on a folder of images, paired with the dense model; a run's record gets an entry.
 
@@ -95,13 +111,16 @@ def evaluate(
         class_map: class names by label; a run remembers the one it was made with.
         labelled: whether to use class folders as labels; None finds out.
         batch_size: images at a time.
+        device: where to compute, "cpu" or "cuda".
         progress: told (stage, done, total).
+        skipped: told the files that could not be used, if there are any.
 
     Raises:
         UsageError: wrong input.
         JobError: an output is not finite.
     """
-    run = open_run(target) if Path(target).is_dir() else None
+    use_device(device)
+    run = _run_of(target)
     if run is None:
         opened = open_model(str(target), weights=weights)
         cut, classes = graft(opened.host.module, empty_plan(str(target), opened.ref.anatomy)), None
@@ -110,6 +129,34 @@ def evaluate(
             raise UsageError(f"{target} is a run folder, which holds its own weights; leave --weights out.")
         opened, cut, classes = _open_dense(run), _load(run), _classes_of(run)
     images = _images(data, opened, class_map, labelled, classes)
+    result, unread = _compare(opened, cut, images, batch_size, device, progress)
+    if run is not None:
+        append(run.path / RECORD, _entry(result, images, unread, data, batch_size))
+    if skipped and (every := (*images.skipped, *unread)):
+        skipped(every)
+    return result
+
+
+def _run_of(target: str | Path) -> RunFolder | None:
+    """The run at ``target``; None where it can only be the name of a model."""
+    path = Path(target)
+    if path.is_dir():
+        return open_run(path)
+    if path.exists():
+        raise UsageError(f"{target} is a file; give the RUN folder it lies in, or the name of a model.")
+    if len(path.parts) > 1:  # no model's name holds a path separator
+        raise UsageError(f"There is no run folder {target}; give the folder that --out of an earlier command named.")
+    return None
+
+
+def _on(opened: OpenModel, device: str) -> OpenModel:
+    """``opened`` on a device; elsewhere than on the processor a copy, since the original is never touched."""
+    return opened if device == "cpu" else wrap(opened.ref.name, copy.deepcopy(opened.host.module).to(device))
+
+
+def _compare(
+    opened: OpenModel, cut: GraftedViT, images: ImageSet, batch_size: int, device: str, progress: Progress | None
+) -> tuple[Evaluation, tuple[Skipped, ...]]:
     done = 0
 
     def step(count: int) -> None:
@@ -118,12 +165,15 @@ def evaluate(
         if progress:
             progress("Evaluate", done, len(images))
 
-    loader = batches(images, batch_size)
-    result = evaluate_model(cut, opened.host.module, loader, step)
-    if run is not None:
-        asked = {"data": str(data), "data_sha256": images.sha256, "batch_size": batch_size}
-        append(run.path / RECORD, Entry("eval", utc_now(), asked, environment(), _evaluation(result, images, loader.skipped), {}))
-    return result
+    loader = batches(dataclasses.replace(images, device=device), batch_size)
+    result = evaluate_model(cut.to(device), _on(opened, device).host.module, loader, step)
+    return result, loader.skipped
+
+
+def _entry(result: Evaluation, images: ImageSet, skipped: Sequence[Skipped], data: str | Path | None, batch_size: int) -> Entry:
+    """The record's account of an evaluation."""
+    asked = {"data": str(data), "data_sha256": images.sha256, "batch_size": batch_size}
+    return Entry("eval", utc_now(), asked, environment(), _evaluation(result, images, skipped), {})
 
 
 def _images(

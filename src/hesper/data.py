@@ -56,7 +56,8 @@ class Skipped:
 class ImageSet:
     """Images of a folder by sorted relative path; ``labels`` index ``classes``; ``sha256`` covers names and contents.
 
-    ``skipped`` holds what is no image by its name; files that fail to decode are found by ``batches``.
+    ``skipped`` holds what is no image by its name; files that fail to decode are found by ``batches``. ``device`` is where batches
+    are put, in torch's words.
     """
 
     root: Path
@@ -66,6 +67,7 @@ class ImageSet:
     skipped: tuple[Skipped, ...]
     sha256: str
     transform: Transform
+    device: str = "cpu"
 
     def __len__(self) -> int:
         return len(self.files)
@@ -207,10 +209,10 @@ class Batches(Iterator[LoadedBatch]):
         if len(shapes) > 1:
             raise UsageError(f"the transform gives images of different shapes, {sorted(shapes)}; make it resize and crop to one")
         self.yielded += len(ready)
-        labels = self._images.labels
+        labels, device = self._images.labels, self._images.device
         return LoadedBatch(
-            torch.stack([image for _, image in ready]),
-            None if labels is None else torch.tensor([labels[index] for index, _ in ready], dtype=torch.int64),
+            torch.stack([image for _, image in ready]).to(device),
+            None if labels is None else torch.tensor([labels[index] for index, _ in ready], dtype=torch.int64, device=device),
             tuple(self._images.files[index] for index, _ in ready),
         )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from hesper.errors import UsageError
@@ -66,10 +67,6 @@ class GraftedViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[images, classes]`` of ``[images, channels, height, width]``."""
-        self._check(images)
-        if self.untouched:
-            out: Tensor = self.network(images)
-            return out
         return self._run(images, False)[0]
 
     @property
@@ -84,7 +81,6 @@ class GraftedViT(nn.Module):
 
     def run(self, images: Tensor, *, trace: bool = False) -> Outcome:
         """Logits with the account of what ran; ``trace`` also follows every patch."""
-        self._check(images)
         logits, book, maps = self._run(images, trace)
         anatomy, traffic = self.plan.model.anatomy, self._traffic(book)
         heads = [block.heads for block in self.host.blocks]
@@ -92,9 +88,16 @@ class GraftedViT(nn.Module):
         return Outcome(logits, macs, traffic, tuple(maps) if trace else None)
 
     def _run(self, images: Tensor, trace: bool) -> tuple[Tensor, _Book, list[Tensor]]:
+        self._check(images)
         host, anatomy = self.host, self.plan.model.anatomy
         first = Layout((anatomy.tokens,) * len(images), anatomy.prefix_tokens, images.device)
-        stream, book, maps = Stream(host.embed(images).flatten(0, 1), first), _Book(), []
+        book, maps = _Book(), []
+        if self.untouched:
+            for _ in host.blocks:
+                book.add(first.counts, first.counts, first.counts)
+            same = torch.arange(anatomy.tokens - anatomy.prefix_tokens, device=images.device).expand(len(images), -1)
+            return self.network(images), book, [same] * anatomy.depth
+        stream = Stream(host.embed(images).flatten(0, 1), first)
         if trace:
             stream.follow()
         last = anatomy.depth - 1 if self.plan.skip_unread else anatomy.depth

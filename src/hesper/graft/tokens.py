@@ -1,8 +1,7 @@
-"""Pure arithmetic on token sets: price pairs, select, merge, drop. Knows no host and no plan.
+"""Pure arithmetic on token sets: price pairs, and select among them. Knows no host and no plan.
 
 Tensors are ``[images, tokens, ...]`` of patch tokens only; ``valid`` marks the tokens that exist, so that images
-with different counts can be decided together. Decide once, apply to anything: :func:`merged` and :func:`kept`
-carry a decision out on any per-token tensor.
+with different counts can be decided together.
 """
 
 from __future__ import annotations

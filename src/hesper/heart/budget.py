@@ -14,7 +14,9 @@ from hesper.plan import Budget, Measured, OperatingPoint, Plan
 
 Trial = Callable[[Plan], Evaluation]
 
-SMALLEST_DIAL, LARGEST_DIAL = 1e-9, 1e3
+SMALLEST_DIAL, FIRST_DIAL, LARGEST_DIAL = 1e-9, 1e-5, 1e3
+MOST_TRIALS = 24
+CLOSE, FLAT, NARROW = 0.003, 1e-4, 1.01
 STEPS = 9
 LADDER = 12
 MARGIN = 0.002
@@ -72,16 +74,18 @@ def _meet_macs(families: Sequence[Family], budget: Budget, tune: Callable[[Famil
     target = budget.value - MARGIN
     points: list[OperatingPoint] = []
     placed: list[tuple[float, float, Family]] = []
+    dial: float | None = None
     for family in families:
-        dial, evaluation, tried = _dial_for_macs(family, tune(family), target)
+        if placed and family.heads == "static" and dial is not None and not family.head_cuts(dial):
+            continue  # its plans are those of the family just measured
+        dial, evaluation, tried = _dial_for_macs(family, tune(family), target, start=dial or FIRST_DIAL)
         points += tried
         if dial is not None:
             placed.append((float(evaluation.drift_kl.mean()), dial, family))
     if not placed:
         least = min(point.macs for point in points)
         raise JobError(f"No plan keeps {budget.value:g} of the MACs; the least that can be had is {least:.3f}.")
-    _, start, family = min(placed, key=lambda entry: entry[0])
-    dial = start
+    _, dial, family = min(placed, key=lambda entry: entry[0])
     while dial is not None:
         plan = family.at(dial)
         evaluation = verify(family)(plan)
@@ -100,49 +104,37 @@ def _meet_macs(families: Sequence[Family], budget: Budget, tune: Callable[[Famil
 
 
 def _dial_for_macs(
-    family: Family, trial: Trial, target: float, start: float | None = None
+    family: Family, trial: Trial, target: float, start: float = FIRST_DIAL
 ) -> tuple[float | None, Evaluation, list[OperatingPoint]]:
-    """Bisect the dial, in its logarithm, until the mean MACs are just below ``target``; None where no dial reaches it."""
-    tried: list[OperatingPoint] = []
+    """The dial whose mean MACs lie just below ``target``; None where no dial reaches it.
 
-    def measure(dial: float) -> Evaluation:
+    Mean MACs fall with the dial, nearly linearly in its logarithm: false position between a dial that keeps too much and one that
+    keeps too little, after walking out from ``start`` by factors of four until there is one of each.
+    """
+    tried: list[OperatingPoint] = []
+    mild: tuple[float, float] | None = None
+    best: tuple[float, Evaluation] | None = None
+    dial = start
+    while len(tried) < MOST_TRIALS:
         evaluation = trial(family.at(dial))
         tried.append(_point(dial, evaluation))
-        return evaluation
-
-    low, high, best = _bracket(measure, target, start or 1e-5)
-    if best is None:
-        return None, measure(high), tried
-    for _ in range(STEPS):
-        if high / low < 1.02:
-            break
-        middle = math.sqrt(low * high)
-        evaluation = measure(middle)
-        if evaluation.kept_macs.mean <= target:
-            high, best = middle, evaluation
+        kept = evaluation.kept_macs.mean
+        if kept > target:
+            if dial >= LARGEST_DIAL or (mild is not None and best is None and mild[1] - kept < FLAT and kept < 1 - FLAT):
+                break
+            mild = (dial, kept)
         else:
-            low = middle
-    return high, best, tried
-
-
-def _bracket(measure: Callable[[float], Evaluation], target: float, start: float) -> tuple[float, float, Evaluation | None]:
-    """Dials that keep more and fewer MACs than ``target``, walking out from ``start`` by factors of four."""
-    high, evaluation = start, measure(start)
-    if evaluation.kept_macs.mean <= target:
-        low, best = high, evaluation
-        while evaluation.kept_macs.mean <= target and low > SMALLEST_DIAL:
-            high, best = low, evaluation
-            low /= 4
-            evaluation = measure(low)
-        return low, high, best
-    low = high
-    while evaluation.kept_macs.mean > target and high < LARGEST_DIAL:
-        low, high = high, high * 4
-        previous = evaluation.kept_macs.mean
-        evaluation = measure(high)
-        if evaluation.kept_macs.mean > target and previous - evaluation.kept_macs.mean < 1e-4 and previous < 0.95:
-            return low, high, None
-    return low, high, evaluation if evaluation.kept_macs.mean <= target else None
+            best = (dial, evaluation)
+            if target - kept < CLOSE or dial <= SMALLEST_DIAL:
+                break
+        if best is None or mild is None:
+            dial = dial * 4 if best is None else dial / 4
+            continue
+        if best[0] / mild[0] < NARROW:
+            break
+        share = (mild[1] - target + CLOSE / 2) / (mild[1] - best[1].kept_macs.mean)
+        dial = mild[0] * (best[0] / mild[0]) ** min(max(share, 0.1), 0.9)
+    return (None, evaluation, tried) if best is None else (*best, tried)
 
 
 def _meet_risk(families: Sequence[Family], budget: Budget, tune: Callable[[Family], Trial], verify: Callable[[Family], Trial]) -> Chosen:

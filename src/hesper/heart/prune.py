@@ -27,7 +27,7 @@ from hesper.plan import Budget, Combine, Estimate, Plan, Pricing, Provenance, Sc
 from hesper.runs import utc_now
 
 FIT_SHARE = 0.5
-MOST_FIT_IMAGES = 512
+MOST_FIT_IMAGES = 384
 TUNE_IMAGES = 128
 SURVEY_IMAGES = 64
 

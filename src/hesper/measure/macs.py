@@ -54,6 +54,9 @@ def dense_macs(anatomy: Anatomy) -> int:
 def model_macs(anatomy: Anatomy, heads: Sequence[int], attended: Counts, queries: Counts, fed: Counts, deciding: Counts) -> Counts:
     """MACs per image of a cut model, the cost of deciding included.
 
+    Every matrix product, weighted sum and convolution an image itself needs; not what a ragged batch pads its pairs of tokens to,
+    and, as for the dense model, neither element-wise work (norms, activations, softmax) nor the mean of a pooling classifier.
+
     Args:
         anatomy: the dense model's.
         heads: heads left in each block.

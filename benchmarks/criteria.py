@@ -1,0 +1,123 @@
+"""Every criterion, dropping and merging, at 0.8, 0.66 and 0.5 of the MACs, beside random, class attention and ToMe.
+
+    python benchmarks/criteria.py --data DATA --book criteria.jsonl
+
+No weight of a network is trained. All rows of a model are at equal cost: the dial (or the constant count per block of the
+baselines) is placed so that the mean MACs on the first images of the validation set, deciding included, meet the target; nothing
+else is chosen on those images. Resumable: what the book holds is not measured again. Takes about an hour for both models on two
+cores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import Book, Place, arguments, say
+
+from hesper.data import batches
+from hesper.graft import graft
+from hesper.heart.criteria import Criterion
+from hesper.heart.family import every_block
+from hesper.heart.fit import fit_tables
+from hesper.hosts.open import OpenModel
+from hesper.measure.evaluate import dense_logits, evaluate
+from hesper.plan import Plan, Pricing, TokenCut, empty_plan
+
+TARGETS = (0.8, 0.66, 0.5)
+GAMMA, RANK, BATCH = 0.35, 24, 32
+PROBE = 96
+
+
+def methods() -> dict[str, tuple[str, str]]:
+    """Row name to (criterion, combine)."""
+    ours = {f"{name} {combine}": (name, combine) for name in ("kl", "ce", "heart") for combine in ("merge", "drop")}
+    theirs = {f"{name} {combine}": (name, combine) for name in ("cls", "random") for combine in ("merge", "drop")}
+    return {**ours, **theirs, "tome": ("tome", "merge"), "tome, unread skipped": ("tome", "merge")}
+
+
+def blank(model: OpenModel, row: str) -> Plan:
+    """A plan of the row's kind that cuts nothing yet."""
+    criterion, _ = methods()[row]
+    plan = empty_plan(model.ref.name, model.ref.anatomy)
+    return replace(plan, pricing=Pricing(criterion, 4.0, RANK, GAMMA), skip_unread=row != "tome" and not model.ref.anatomy.reads_patches)
+
+
+def constant(plan: Plan, combine: str, per_block: float, blocks: tuple[int, ...]) -> Plan:
+    """The same number of tokens removed in every block, on average where it is no whole number."""
+    steps = np.diff(np.floor(np.arange(len(blocks) + 1) * per_block + 0.5)).astype(int)
+    return replace(plan, tokens=tuple(TokenCut(b, combine, remove=int(r)) for b, r in zip(blocks, steps, strict=True)))
+
+
+def family(model: OpenModel, row: str) -> Callable[[float], Plan]:
+    """Dial to plan: nats for the criteria, tokens per block for the baselines."""
+    criterion, combine = methods()[row]
+    plan, anatomy = blank(model, row), model.ref.anatomy
+    if criterion in ("kl", "ce", "heart"):
+        return lambda dial: replace(plan, tokens=tuple(TokenCut(b, combine, threshold=dial) for b in every_block(anatomy)))
+    blocks = tuple(range(anatomy.depth)) if row == "tome" else every_block(anatomy)
+    return lambda dial: constant(plan, combine, dial, blocks)
+
+
+def place_dial(plan_at: Callable[[float], Plan], kept: Callable[[Plan], float], target: float, counts: bool) -> float:
+    """The dial at which the probe images keep ``target`` of the MACs."""
+    low, high = (0.0, 17.0) if counts else (1e-9, 10.0)
+    for _ in range(16):
+        middle = (low + high) / 2 if counts else math.sqrt(low * high)
+        low, high = (middle, high) if kept(plan_at(middle)) > target else (low, middle)
+        if not counts and high / low < 1.01:
+            break
+    return high
+
+
+def main() -> None:
+    options = arguments(__doc__.splitlines()[0], book="criteria.jsonl", fit=256, images=0)
+    book, place = Book(Path(options.book)), Place(options.data)
+    for key in options.models:
+        model = place.model(key)
+        val, calib = place.images("val", model), place.images("calib", model)
+        indices = range(options.images or len(val))
+        dense = dense_logits(model.host.module, batches(val, BATCH, indices=indices))
+        probe = list(batches(val, BATCH, indices=range(PROBE)))
+        for row, (criterion, combine) in methods().items():
+            if all(f"{key} | {row} | {target}" in book for target in TARGETS):
+                continue
+            tensors: dict[str, torch.Tensor] = {}
+            if criterion in ("kl", "ce", "heart"):
+                found = Criterion(criterion, draws=3)
+                seen = batches(calib, 16, indices=range(0, len(calib), max(1, len(calib) // options.fit)))
+                tensors = fit_tables(model.host, seen, found, combine, RANK, torch.Generator().manual_seed(0)).tensors
+
+            def kept(plan: Plan, tensors: dict[str, torch.Tensor] = tensors) -> float:
+                cut = graft(model.host.module, plan, tensors)
+                with torch.inference_mode():
+                    return float(np.mean([cut.run(batch.images).macs.mean() for batch in probe])) / cut.dense_macs
+
+            for target in TARGETS:
+                name = f"{key} | {row} | {target}"
+                if name in book:
+                    continue
+                plan_at = family(model, row)
+                dial = place_dial(plan_at, kept, target, counts=not tensors)
+                cut = graft(model.host.module, plan_at(dial), tensors)
+                result = evaluate(cut, dense, batches(val, BATCH, indices=indices)).summary()
+                book.add(name, {"dial": dial, "target": target, **result})
+                say(line(name, book.rows[name]))
+    say("")
+    for name, found in book.rows.items():
+        say(line(name, found))
+
+
+def line(name: str, row: dict[str, float]) -> str:
+    return (
+        f"{name:34} MACs {row['macs_ratio']:.3f}  KL {row['drift_kl']:.4f} +- {row['drift_kl_stderr']:.4f}  "
+        f"agreement {row['agreement']:.3f}  top-1 {100 * row['top1_change']:+.2f} +- {100 * row['top1_change_stderr']:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""``hesper eval``: a run or a dense model on a folder of images, beside the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+
+from hesper.cli.options import (
+    as_json,
+    example,
+    file_path,
+    print_skipped,
+    with_batch_size,
+    with_class_map,
+    with_device,
+    with_json,
+    with_weights,
+)
+from hesper.cli.progress import Stages
+
+__all__ = ["evaluate", "table"]
+
+
+@click.command("eval", epilog=example("hesper eval runs/vit-tiny-066 --data imagenet/val --json"))
+@click.argument("target", metavar="RUN|MODEL")
+@click.option("--data", type=file_path(), required=True, metavar="DIR", help="Images; with class folders they are labelled.")
+@with_weights
+@with_class_map
+@click.option("--labels/--no-labels", default=None, help="Whether class folders are labels; found out if neither is given.")
+@with_batch_size
+@with_device
+@with_json
+def evaluate(
+    target: str, data: Path, weights: Path | None, class_map: Path | None, labels: bool | None, batch_size: int, device: str, json_: bool
+) -> None:
+    """Evaluate RUN, or a dense MODEL by its timm name, paired with the dense model on the same images.
+
+    A run's record gets an entry. Multiply-accumulates are those that really ran, the decisions' own included, per image.
+    """
+    skipped: list[tuple[str, str]] = []
+    with Stages() as stages:
+        stages("Open model and images", 0, 0)
+        from hesper import api
+
+        result = api.evaluate(
+            target,
+            data=data,
+            weights=weights,
+            class_map=class_map,
+            labelled=labels,
+            batch_size=batch_size,
+            device=device,
+            progress=stages,
+            skipped=lambda files: skipped.extend((file.file, file.reason) for file in files),
+        )
+    print_skipped(skipped)
+    figures = result.summary()
+    click.echo(as_json({**figures, "skipped": len(skipped)}) if json_ else table(figures))
+
+
+def table(figures: Mapping[str, float | int | None]) -> str:
+    """The figures of an evaluation for people; what needs labels is left out without them."""
+    rows = [("images", f"{figures['n']}", "")]
+    if figures["top1"] is not None:
+        rows += [
+            ("top-1", _share(figures["top1"]), f"dense {_share(figures['dense_top1'])}"),
+            ("top-5", _share(figures["top5"]), ""),
+            ("loss", f"{figures['loss']:.4f} nats", f"dense {figures['dense_loss']:.4f}"),
+        ]
+    least, most, dense = (_millions(figures[f"macs_{name}"]) for name in ("min", "max", "dense"))
+    rows += [
+        ("agreement", _share(figures["agreement"]), f"+- {_share(figures['agreement_stderr'])}"),
+        ("drift", f"{figures['drift_kl']:.4g} nats", f"+- {figures['drift_kl_stderr']:.2g}"),
+        ("MACs kept", _share(figures["macs_ratio"]), f"{_millions(figures['macs_mean'])} of {dense}, from {least} to {most}"),
+        ("time", f"{figures['seconds']:.2f} s", "the cut model alone"),
+    ]
+    return "\n".join(f"{name:<11}{value:<14}{note}".rstrip() for name, value, note in rows)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def _millions(count: float | None) -> str:
+    return "-" if count is None else f"{count / 1e6:.1f} M"

@@ -1,0 +1,54 @@
+"""What went wrong, in one sentence on stderr."""
+
+from __future__ import annotations
+
+import errno
+import sys
+
+import click
+
+from hesper.errors import HesperError
+
+__all__ = ["TRACEBACK", "Failure", "explain"]
+
+TRACEBACK = "HESPER_TRACEBACK"
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+class Failure(click.ClickException):
+    """A sentence for the user and the exit code that goes with it."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+    @classmethod
+    def of(cls, error: Exception) -> Exception:
+        """The failure that stands for an exception; what click itself handles stays as it is."""
+        if isinstance(error, HesperError):
+            return cls(str(error), error.exit_code)
+        if isinstance(error, (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError)):
+            return error
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            return cls("The disk is full; free some space and run again.")
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            return cls(f"{error.filename}: {error.strerror.lower()}.")
+        if isinstance(error, MemoryError):
+            return cls("There is not enough memory; give a smaller --batch-size.")
+        lines = str(error).strip().splitlines()
+        what = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+        return cls(
+            f"An unexpected {what.rstrip('.')} (this is a fault of hesper; run again with {TRACEBACK}=1 to see where, and report it)."
+        )
+
+    def tell(self) -> int:
+        """Print the sentence; gives the exit code."""
+        sentence = " ".join(self.format_message().split())
+        click.echo(f"hesper: {sentence}{'' if sentence.endswith(('.', '?', '!')) else '.'}", file=sys.stderr)
+        return self.exit_code
+
+
+def explain(error: click.UsageError) -> str:
+    """Click's account of a wrong command line, and where the right one is explained."""
+    path = error.ctx.command_path if error.ctx else "hesper"
+    return f"{error.format_message().rstrip('.')} (see '{path} --help')."

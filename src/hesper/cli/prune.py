@@ -1,0 +1,208 @@
+"""``hesper prune``: a model, images and a budget in; a run folder out."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hesper.cli.options import (
+    as_json,
+    example,
+    file_path,
+    print_skipped,
+    with_batch_size,
+    with_class_map,
+    with_device,
+    with_json,
+    with_weights,
+)
+from hesper.cli.progress import Stages
+from hesper.cli.signals import once_written
+from hesper.errors import UsageError
+
+if TYPE_CHECKING:
+    from hesper.heart.prune import Settings
+    from hesper.plan import Budget
+    from hesper.runs import RunFolder
+
+__all__ = ["prune", "summary", "write_report_in"]
+
+BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-disagreement"}
+
+
+@click.command(
+    epilog=example(
+        "hesper prune vit_tiny_patch16_224.augreg_in21k_ft_in1k \\",
+        "    --calib imagenet/calib --class-map imagenet/classes.txt \\",
+        "    --macs 0.66 --data imagenet/val --out runs/vit-tiny-066",
+    )
+)
+@click.argument("model")
+@click.option("--calib", type=file_path(), required=True, metavar="DIR", help="Calibration images; half of them only verify the budget.")
+@click.option("--out", type=file_path(), required=True, metavar="RUN", help="The run folder to make; it must not exist.")
+@click.option("--macs", type=float, metavar="RATIO", help="Budget: keep at most this share of the multiply-accumulates, such as 0.66.")
+@click.option("--loss-budget", type=float, metavar="NATS", help="Budget: drift at most this far from the dense model, KL in nats.")
+@click.option("--max-disagreement", type=float, metavar="P", help="Budget: change at most this share of the top-1 decisions.")
+@click.option("--confidence", type=float, default=0.95, show_default=True, metavar="C", help="With which the budget must hold.")
+@click.option("--data", type=file_path(), metavar="DIR", help="Evaluate on these images afterwards; the record gets an entry.")
+@with_weights
+@with_class_map
+@click.option(
+    "--criterion",
+    type=click.Choice(["kl", "ce", "heart"]),
+    default="kl",
+    show_default=True,
+    help="What prices a cut: kl needs no labels; ce and heart do.",
+)
+@click.option("--temperature", type=float, default=4.0, show_default=True, metavar="T", help="On the logits, for the criterion kl.")
+@click.option("--draws", type=click.IntRange(1), default=3, show_default=True, metavar="N", help="Fisher samples or probes per image.")
+@click.option("--tokens/--no-tokens", default=True, show_default=True, help="Whether tokens may go.")
+@click.option("--heads", type=click.Choice(["none", "static"]), default="static", show_default=True, help="Whether heads may go, for good.")
+@click.option("--combine", type=click.Choice(["merge", "drop"]), default="merge", show_default=True, help="What becomes of removed tokens.")
+@click.option(
+    "--counts",
+    type=click.Choice(["adaptive", "fixed"]),
+    default="adaptive",
+    show_default=True,
+    help="As many tokens as each image can spare, or the same number for all.",
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(["asymmetric", "symmetric"]),
+    default="asymmetric",
+    show_default=True,
+    help="Cut each block as it can bear, or all by the same share.",
+)
+@click.option(
+    "--blocks",
+    type=click.Choice(["auto", "every", "alternate"]),
+    default="auto",
+    show_default=True,
+    help="Which blocks let tokens go; auto measures both.",
+)
+@click.option("--rank", type=click.IntRange(1), default=24, show_default=True, metavar="R", help="Dimensions of the curvature metric.")
+@click.option("--gamma", type=float, default=0.35, show_default=True, metavar="G", help="Power of the token curvature.")
+@with_batch_size
+@with_device
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="For all that is random.")
+@with_json
+def prune(**options: Any) -> None:
+    """Prune MODEL, a timm name, within a budget, and write a run folder: plan, weights, record and report.
+
+    Exactly one budget is needed: --macs, --loss-budget or --max-disagreement. It is verified on calibration images that fitted
+    nothing. No weight of the network is trained.
+    """
+    budget_kind = _budget_kind(options)
+    with Stages() as stages:
+        stages("Open model and images", 0, 0)
+        from hesper import api
+
+        run = api.prune(
+            options["model"],
+            calib=options["calib"],
+            out=options["out"],
+            settings=_settings(options, budget_kind),
+            weights=options["weights"],
+            class_map=options["class_map"],
+            data=options["data"],
+            device=options["device"],
+            asked=_asked(options),
+            progress=stages,
+        )
+    write_report_in(run)
+    print_skipped([(skip["file"], skip["reason"]) for entry in run.entries for skip in entry.results["skipped"]])
+    _tell(run, options["json_"])
+
+
+def write_report_in(run: RunFolder) -> None:
+    """Put ``report.html`` into a finished run folder; whatever stops that, the run is complete."""
+    from hesper.report import write_report
+    from hesper.runs import REPORT
+
+    with once_written(f"the run {run.path} is complete but for its report, which 'hesper report {run.path} --out report.html' makes"):
+        write_report([run.path], run.path / REPORT)
+
+
+def summary(run: RunFolder) -> dict[str, Any]:
+    """A run's first figures, flat, for --json; those of the evaluation on --data are under ``data``."""
+    from hesper.plan import plan_hash
+
+    first, later = run.entries[0], [entry for entry in run.entries[1:] if entry.kind == "eval"]
+    measured, expected = run.plan.measured, run.plan.expected_loss
+    return {
+        "run": str(run.path),
+        "plan": plan_hash(run.plan),
+        "statement": None if measured is None else measured.statement,
+        "macs_ratio": None if measured is None else measured.macs.mean,
+        "drift_kl": None if measured is None else measured.drift_kl.mean,
+        "agreement": None if measured is None else measured.agreement.mean,
+        "expected_loss": None if expected is None else expected.mean,
+        "heads_removed": sum(len(cut.remove) for cut in run.plan.heads),
+        "skipped": sum(len(entry.results["skipped"]) for entry in run.entries),
+        "seconds": first.results["seconds"],
+        "data": later[0].results["evaluation"] if later else None,
+    }
+
+
+def _tell(run: RunFolder, json_: bool) -> None:
+    from hesper.cli.eval import table
+    from hesper.plan.show import render
+    from hesper.runs import REPORT
+
+    if json_:
+        click.echo(as_json(summary(run)))
+        return
+    click.echo(render(run.plan))
+    if len(run.entries) > 1:
+        click.echo(table(run.entries[1].results["evaluation"]))
+    click.echo(f"Run     {run.path}\nReport  {run.path / REPORT}")
+
+
+def _budget_kind(options: dict[str, Any]) -> str:
+    given = [kind for kind, option in BUDGETS.items() if options[option.strip("-").replace("-", "_")] is not None]
+    if len(given) != 1:
+        names = ", ".join(BUDGETS[kind] for kind in given)
+        what = f"{names} were given together" if given else "None was given"
+        raise UsageError(f"{what}; give exactly one budget: --macs RATIO, --loss-budget NATS or --max-disagreement P.")
+    return given[0]
+
+
+def _settings(options: dict[str, Any], kind: str) -> Settings:
+    from hesper.heart.criteria import Criterion
+    from hesper.heart.prune import Settings
+
+    plain = ("combine", "counts", "schedule", "tokens", "heads", "rank", "gamma", "blocks", "batch_size", "seed")
+    criterion = Criterion(options["criterion"], options["temperature"], options["draws"])
+    return Settings(_budget(options, kind), criterion, **{name: options[name] for name in plain})
+
+
+def _budget(options: dict[str, Any], kind: Any) -> Budget:
+    from hesper.plan import Budget
+
+    return Budget(kind, options[BUDGETS[kind].strip("-").replace("-", "_")], options["confidence"])
+
+
+def _asked(options: dict[str, Any]) -> dict[str, Any]:
+    """What was asked for, in plain values, and as a command that asks for it again."""
+    plain = {name.rstrip("_"): str(value) if isinstance(value, Path) else value for name, value in options.items() if name != "json_"}
+    return {"command": _command(), **plain}
+
+
+def _command() -> str:
+    """This verb's command line, defaults left out."""
+    context = click.get_current_context()
+    words = ["hesper", "prune", str(context.params["model"])]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        value = context.params.get(name)
+        source = context.get_parameter_source(name)
+        if not isinstance(parameter, click.Option) or source is not click.core.ParameterSource.COMMANDLINE or name == "json_":
+            continue
+        if isinstance(value, bool):
+            words.append((parameter.opts if value else parameter.secondary_opts)[0])
+        else:
+            words += [parameter.opts[0], str(value)]
+    return shlex.join(words)

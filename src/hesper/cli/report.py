@@ -1,0 +1,30 @@
+"""``hesper report``: one HTML page about one or several runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from hesper.cli.options import example, file_path
+from hesper.cli.progress import Stages
+from hesper.errors import UsageError
+
+__all__ = ["report"]
+
+
+@click.command(epilog=example("hesper report runs/vit-tiny-066 runs/vit-tiny-050 --out report.html"))
+@click.argument("runs", metavar="RUN...", type=file_path(), nargs=-1, required=True)
+@click.option("--out", type=file_path(), required=True, metavar="FILE", help="The HTML file to write; it needs no other file.")
+@click.option("--force", is_flag=True, help="Replace the file if it exists.")
+def report(runs: tuple[Path, ...], out: Path, force: bool) -> None:
+    """Write one self-contained HTML page about the RUNs: what was cut, what it cost, and the evidence."""
+    if os.path.lexists(out) and not force:
+        raise UsageError(f"{out} exists already; give --out another file, or --force to replace it.")
+    with Stages() as stages:
+        stages("Write the report", 0, 0)
+        from hesper.report import write_report
+
+        write_report(runs, out)
+    click.echo(f"Report  {out}")

@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hesper.errors import UsageError
+from hesper.graft import GraftedViT, graft
+from hesper.graft.deciders import Decision, State
+from hesper.heart.gated import HEAD_GATES, TOKEN_GATES, gated_forward, ones
+from hesper.hosts import open_host
+from hesper.plan import HeadCut, TokenCut, empty_plan
+from vits import (
+    KINDS,
+    READERS,
+    REMOVABLE,
+    attention_by_hand,
+    cuts_of,
+    feed_by_hand,
+    logits_by_hand,
+    pictures,
+    plan_for,
+    tables,
+    vit,
+)
+
+DOUBLE = torch.float64
+DECIDERS = [("kl", "merge"), ("tome", "merge"), ("kl", "drop"), ("cls", "drop"), ("cls", "merge"), ("random", "drop"), ("random", "merge")]
+ADAPTIVE = [(criterion, combine) for criterion, combine in DECIDERS if criterion != "random"]
+
+
+@functools.lru_cache
+def threshold(kind: str, criterion: str, combine: Any) -> float:
+    """A price at which images lose different counts: of a grid, the one that spreads the counts after two cuts most."""
+    if criterion == "random":
+        return 0.3
+    grid = [2.0 ** (power / 2) for power in range(-13, 12, 2)]
+    fed = {
+        price: grafted(kind, DOUBLE, criterion, cuts_of(combine, [0, 1], threshold=price)).run(pictures(5, DOUBLE)).traffic.fed[:, 1]
+        for price in grid
+    }
+    return max(grid, key=lambda price: len(set(fed[price])))
+
+
+class Watch:
+    """Records what each decider saw and decided."""
+
+    def __init__(self, model: GraftedViT) -> None:
+        self.seen: list[tuple[State, Decision]] = []
+        for decider in model.deciders.values():
+            decider.register_forward_hook(self._note)
+
+    def _note(self, _: nn.Module, arguments: tuple[State], decision: Decision) -> None:
+        state = arguments[0]
+        self.seen.append((dataclasses.replace(state, stream=state.stream.clone(), size=state.size.clone()), decision))
+
+
+def grafted(kind: str, dtype: torch.dtype = torch.float32, criterion: str = "kl", cuts: Any = (), **more: Any) -> GraftedViT:
+    model = vit(kind, dtype)
+    return graft(model, plan_for(model, cuts, criterion, **more), tables(model))
+
+
+def by_hand(model: Any, image: Tensor, decide: Any) -> tuple[Tensor, list[list[int]]]:
+    """One image through explicit lists of clusters: ``decide(block, tokens)`` gives {gone place: into place or None}.
+
+    A cluster is a token with the original patches it stands for; attention counts it once per patch.
+    """
+    prefix = model.num_prefix_tokens
+    stream = open_host(model).embed(image[None])[0]
+    clusters: list[list[int]] = [[] for _ in range(prefix)] + [[patch] for patch in range(len(stream) - prefix)]
+    for index, block in enumerate(model.blocks):
+        copies = torch.tensor([max(len(c), 1) for c in clusters], dtype=stream.dtype)
+        stream = attention_by_hand(block, stream, copies)
+        fates = decide(index)
+        if fates is not None:
+            fates = {place + prefix: None if into is None else into + prefix for place, into in fates.items()}
+            merged = []
+            for place, cluster in enumerate(clusters):
+                if place in fates:
+                    continue
+                group = [place, *(source for source, into in fates.items() if into == place)]
+                weights = torch.tensor([max(len(clusters[one]), 1) for one in group], dtype=stream.dtype)
+                mean = (stream[group] * weights[:, None]).sum(0) / weights.sum()
+                merged.append((mean, [patch for one in group for patch in clusters[one]] if len(group) > 1 else cluster))
+            stream, clusters = torch.stack([mean for mean, _ in merged]), [cluster for _, cluster in merged]
+        stream = feed_by_hand(block, stream)
+    return logits_by_hand(model, stream, torch.tensor([max(len(c), 1) for c in clusters], dtype=stream.dtype)), clusters[prefix:]
+
+
+def fates_of(decision: Decision, image: int) -> dict[int, int | None]:
+    places = decision.gone[image].nonzero()[:, 0].tolist()
+    return {place: None if decision.into is None else int(decision.into[image, place]) for place in places}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_an_empty_plan_is_the_host_bit_for_bit_and_leaves_it_alone(kind: str) -> None:
+    model, images = vit(kind), pictures(3)
+    calls = []
+    handle = model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    before, kinds = {name: t.clone() for name, t in model.state_dict().items()}, [type(part) for part in model.modules()]
+    cut = graft(model, empty_plan("tiny", open_host(model).anatomy))
+    assert torch.equal(cut(images), model(images)) and torch.equal(cut.run(images).logits, model(images))
+    assert (cut.run(images).macs == cut.dense_macs).all()
+    busy = graft(model, plan_for(model, cuts_of("merge", [0, 1], remove=2), heads=[HeadCut(1, (0,))] * (kind in REMOVABLE)), tables(model))
+    busy(images)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert [type(part) for part in model.modules()] == kinds and list(model.blocks[0]._forward_hooks) == [handle.id]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize(("criterion", "combine"), DECIDERS)
+@pytest.mark.parametrize("kind", ["plain", "registers", "pooled"])
+@torch.no_grad()
+def test_what_is_decided_is_done(kind: str, criterion: str, combine: Any, adaptive: bool) -> None:
+    """Every decider, fixed and adaptive: logits, sizes, mass and maps equal explicit lists of clusters."""
+    how = {"threshold": threshold(kind, criterion, combine)} if adaptive else {"remove": 3}
+    model, images = grafted(kind, DOUBLE, criterion, cuts_of(combine, [0, 1, 2], **how)), pictures(5, DOUBLE)
+    watch = Watch(model)
+    outcome = model.run(images, trace=True)
+    assert outcome.sources is not None and len(outcome.sources) == 4
+    if adaptive and criterion != "random":
+        assert len(set(outcome.traffic.fed[:, 1])) > 1
+    elif not adaptive:
+        assert (outcome.traffic.fed[:, :3] == model.plan.model.anatomy.tokens - 3 * np.arange(1, 4)).all()
+    for image in range(5):
+        decisions = {block: fates_of(decision, image) for block, (_, decision) in enumerate(watch.seen)}
+        logits, clusters = by_hand(model.network, images[image], decisions.get)
+        torch.testing.assert_close(outcome.logits[image], logits, rtol=1e-9, atol=1e-9)
+        found = outcome.sources[-1][image].tolist()
+        where = {patch: place for place, cluster in enumerate(clusters) for patch in cluster}
+        assert found == [where.get(patch, -1) for patch in range(len(found))]
+    if combine == "merge":
+        for state, _ in watch.seen:
+            sizes = [own[state.layout.prefix :].sum().item() for own in state.layout.split(state.size)]
+            assert sizes == pytest.approx([12] * 5)
+
+
+@torch.no_grad()
+def test_a_merge_keeps_the_mass_of_every_image() -> None:
+    model, images = grafted("plain", DOUBLE, "kl", cuts_of("merge", [0, 1, 2], threshold=2.0)), pictures(4, DOUBLE)
+    watch = Watch(model)
+    fed: list[Tensor] = []
+    for block in model.network.blocks:
+        block.norm2.register_forward_pre_hook(lambda _, arguments: fed.append(arguments[0].clone()))
+    model(images)
+    for number, (state, _) in enumerate(watch.seen[:2]):
+        after = watch.seen[number + 1][0]
+        for image in range(4):
+            before = (state.layout.split(state.stream)[image] * state.layout.split(state.size)[image][:, None]).sum(0)
+            now = (after.layout.split(fed[number])[image] * after.layout.split(after.size)[image][:, None]).sum(0)
+            torch.testing.assert_close(now, before, rtol=1e-12, atol=1e-12)
+            assert after.layout.split(after.size)[image].sum() == state.layout.split(state.size)[image].sum() == 13
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (DOUBLE, 1e-10)])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_dropping_is_a_gate_of_zero_for_exactly_these_tokens(kind: str, dtype: torch.dtype, tolerance: float) -> None:
+    model, images = grafted(kind, dtype, "kl", cuts_of("drop", [0, 2, 3], remove=3)), pictures(3, dtype)
+    outcome = model.run(images, trace=True)
+    assert outcome.sources is not None
+    host = open_host(vit(kind, dtype))
+    gates = ones(host, 3, TOKEN_GATES, like=images)
+    for block, where in enumerate(outcome.sources):
+        gates[TOKEN_GATES][:, block][where < 0] = 0
+    assert (gates[TOKEN_GATES] == 0).sum(2).tolist() == [[3, 3, 6, 9]] * 3
+    torch.testing.assert_close(outcome.logits, gated_forward(host, images, gates).logits, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("criterion", "combine"), ADAPTIVE)
+@pytest.mark.parametrize("kind", ["plain", "pooled"])
+@pytest.mark.parametrize("mixed", [False, True])
+@torch.no_grad()
+def test_an_image_does_not_care_which_batch_it_is_in(kind: str, criterion: str, combine: Any, mixed: bool) -> None:
+    cuts = cuts_of(combine, [0, 1, 2], threshold=threshold(kind, criterion, combine))
+    if mixed:
+        cuts[2] = TokenCut(2, combine, remove=4)  # a fixed count on a ragged batch, more than some images can give
+    images = pictures(5, DOUBLE).float()  # those the threshold was found with
+    model = grafted(kind, torch.float32, criterion, cuts, skip_unread=kind != "pooled")
+    together = model.run(images, trace=True)
+    assert together.sources is not None and len(set(together.traffic.attended[:, 2])) > 1
+    for image in range(5):
+        alone = model.run(images[image : image + 1], trace=True)
+        torch.testing.assert_close(together.logits[image], alone.logits[0], rtol=1e-5, atol=1e-5)
+        assert together.macs[image] == alone.macs[0] and alone.sources is not None
+        for ours, theirs in zip(together.sources, alone.sources, strict=True):
+            assert torch.equal(ours[image], theirs[0])
+
+
+@pytest.mark.parametrize(("criterion", "combine"), ADAPTIVE)
+@torch.no_grad()
+def test_a_threshold_of_zero_keeps_everything(criterion: str, combine: Any) -> None:
+    images = pictures(3)
+    model = grafted("plain", torch.float32, criterion, cuts_of(combine, [0, 1, 2, 3], threshold=0.0))
+    outcome = model.run(images)
+    torch.testing.assert_close(outcome.logits, vit()(images), rtol=1e-5, atol=1e-5)
+    assert (outcome.traffic.fed == 13).all() and (outcome.macs > model.dense_macs).all()
+
+
+@pytest.mark.parametrize(("criterion", "combine"), DECIDERS)
+@pytest.mark.parametrize("kind", ["plain", "pooled"])
+@torch.no_grad()
+def test_an_image_is_never_emptied(kind: str, criterion: str, combine: Any) -> None:
+    model = grafted(kind, torch.float32, criterion, cuts_of(combine, [0, 1, 2, 3], threshold=1e9))
+    outcome = model.run(pictures(3), trace=True)
+    prefix = model.plan.model.anatomy.prefix_tokens
+    assert outcome.logits.isfinite().all() and (outcome.traffic.fed[:, -1] == prefix + 1).all()
+
+
+@torch.no_grad()
+def test_one_image_keeps_the_minimum_while_the_others_keep_everything() -> None:
+    images = pictures(3)
+    model = grafted("plain", torch.float32, "tome", cuts_of("merge", [0, 1, 2, 3], threshold=1e-6))
+    images[1] = images[1].mean()
+    network: Any = model.network
+    network.pos_embed.zero_()
+    outcome = model.run(images)
+    assert outcome.traffic.fed[:, -1].tolist()[1] == 2 and (np.delete(outcome.traffic.fed[:, -1], 1) == 13).all()
+
+
+@pytest.mark.parametrize("kind", READERS)
+@torch.no_grad()
+def test_leaving_out_what_nobody_reads_changes_nothing(kind: str) -> None:
+    images = pictures(4)
+    skipping = grafted(kind, skip_unread=True)
+    torch.testing.assert_close(skipping(images), vit(kind)(images), rtol=1e-5, atol=1e-5)
+    assert (skipping.run(images).macs < skipping.dense_macs).all()
+    cuts = cuts_of("merge", [0, 1, 2], threshold=2.0)
+    with_all, without = grafted(kind, cuts=cuts), grafted(kind, cuts=cuts, skip_unread=True)
+    torch.testing.assert_close(without(images), with_all(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", REMOVABLE)
+@torch.no_grad()
+def test_removing_heads_is_gating_them_to_zero(kind: str) -> None:
+    images, host = pictures(3), open_host(vit(kind))
+    model = grafted(kind, heads=[HeadCut(1, (0,)), HeadCut(3, tuple(range(1, host.anatomy.heads)))])
+    gates = ones(host, 3, HEAD_GATES, like=images)
+    gates[HEAD_GATES][:, 1, 0] = 0
+    gates[HEAD_GATES][:, 3, 1:] = 0
+    torch.testing.assert_close(model(images), gated_forward(host, images, gates).logits, rtol=1e-5, atol=1e-5)
+    attn, inner = model.network.blocks[3].attn, host.anatomy.head_dim
+    assert attn.qkv.weight.shape == (3 * inner, 24) and attn.proj.weight.shape == (24, inner)
+
+
+@torch.no_grad()
+def test_tokens_and_heads_leave_together_and_the_router_ignores_removed_heads() -> None:
+    images = pictures(4)
+    model = grafted("plain", cuts=cuts_of("merge", [1, 2], threshold=2.0), heads=[HeadCut(1, (1,))])
+    assert torch.equal(model.deciders["1"].router.attention, tables(vit())["1.router.attention"][[0, 2]])
+    assert model(images).isfinite().all()
+
+
+@torch.no_grad()
+def test_gradients_reach_the_images_through_merges() -> None:
+    model = grafted("plain", DOUBLE, cuts=cuts_of("merge", [0, 1], remove=3))
+    images = pictures(1, DOUBLE).requires_grad_()
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(model(images).sum(), images)
+    along = torch.randn(images.shape, generator=torch.Generator().manual_seed(5), dtype=DOUBLE)
+    expected = (model(images + 1e-6 * along) - model(images - 1e-6 * along)).sum() / 2e-6
+    assert (slope * along).sum().item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_prices_come_in_the_models_precision_and_are_what_they_say() -> None:
+    model = vit("plain", torch.bfloat16)
+    cut = graft(model, plan_for(model, cuts_of("merge", [0], remove=2)), tables(model))
+    assert cut(pictures(2).bfloat16()).dtype is torch.bfloat16
+    state = {"stream": torch.zeros(3, 24), "normed": torch.zeros(3, 24), "attention": torch.zeros(3, 3), "size": torch.tensor([1.0, 2, 3])}
+    score = graft(vit(), plan_for(vit(), cuts_of("drop", [0], remove=2)), tables(vit())).deciders["0"].score
+    offset = tables(vit())["0.router.offset"].exp().item()
+    assert score(State(**state, key=None, value=None, layout=None)).tolist() == pytest.approx([offset, 2 * offset, 3 * offset])
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"cuts": [TokenCut(0, "drop", remove=1)], "criterion": "tome"}, "'tome' merges and cannot drop"),
+    ({"cuts": [TokenCut(0, "drop", remove=1)], "criterion": "clss"}, "'clss' is unknown; did you mean 'cls'"),
+    ({"cuts": [TokenCut(0, "merge", remove=4), TokenCut(1, "merge", remove=5)]}, "block 1 removes 5 of 8 patches, but merging alternate"),
+    ({"kind": "pooled", "skip_unread": True}, "without skip_unread"),
+    ({"kind": "attention_norm", "heads": [HeadCut(0, (1,))]}, "normalised over all heads"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), REFUSED)
+def test_what_cannot_be_done_is_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        grafted(**{"kind": "plain", **options})
+
+
+def test_tables_and_images_that_do_not_fit_are_refused() -> None:
+    model = vit()
+    plan = plan_for(model, cuts_of("merge", [1], threshold=1.0))
+    with pytest.raises(UsageError, match=r"table '1\.root' is missing"):
+        graft(model, plan)
+    with pytest.raises(UsageError, match=r"'1\.root' has shape \(24, 4\), but the plan needs \(24, 5\)"):
+        graft(model, plan, {**tables(model), "1.root": torch.zeros(24, 4)})
+    with pytest.raises(UsageError, match="another shape"):
+        graft(vit(depth=3), plan, tables(model))
+    cut = graft(model, plan, tables(model))
+    for wrong in (torch.zeros(1, 3, 32, 32), torch.zeros(3, 32, 24), torch.zeros(0, 3, 32, 24)):
+        with pytest.raises(UsageError, match="images of 32 x 24 pixels"):
+            cut(wrong)

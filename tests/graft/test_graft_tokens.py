@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hesper.graft.layout import Layout
+from hesper.graft.tokens import cheapest, similarity_prices, squared_distances, ward_prices
+
+INF = float("inf")
+
+
+@st.composite
+def sets(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
+    """Points, sizes, weights and how many of them exist, of a few images."""
+    counts = draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    shape = (len(counts), max(counts))
+    points = torch.randn(*shape, 3, generator=generator, dtype=torch.float64)
+    size = torch.randint(1, 6, shape, generator=generator).double()
+    weight = torch.rand(shape, generator=generator, dtype=torch.float64) * 3 + 0.01
+    return points, size, weight, counts
+
+
+@given(sets())
+def test_ward_prices_are_the_displacements_both_sides_suffer(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]) -> None:
+    points, size, weight, counts = case
+    valid = torch.arange(points.shape[1])[None] < torch.tensor(counts)[:, None]
+    price, to = ward_prices(points, size, weight, valid)
+    for image, count in enumerate(counts):
+        for place, source in enumerate(range(1, points.shape[1], 2)):
+            if source >= count:
+                assert price[image, place] == INF
+                continue
+            costs = {}
+            for other in range(0, count, 2):
+                (x, y), (s, t) = points[image, [source, other]], size[image, [source, other]]
+                mean = (s * x + t * y) / (s + t)
+                v, w = weight[image, [source, other]]
+                costs[other] = float(s * v * (x - mean).square().sum() + t * w * (y - mean).square().sum())
+            assert price[image, place].item() == pytest.approx(min(costs.values()), rel=1e-9, abs=1e-12)
+            assert costs[int(to[image, place])] == pytest.approx(min(costs.values()), rel=1e-9, abs=1e-12)
+
+
+@given(sets())
+def test_similarity_prices_are_one_minus_the_best_cosine(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]) -> None:
+    points, _, _, counts = case
+    valid = torch.arange(points.shape[1])[None] < torch.tensor(counts)[:, None]
+    price, to = similarity_prices(points, valid)
+    for image, count in enumerate(counts):
+        for place, source in enumerate(range(1, points.shape[1], 2)):
+            x, others = points[image, source], points[image, :count:2]
+            cosines = [float(x @ y / (x.norm() * y.norm())) for y in others]
+            expected = 1 - max(cosines) if source < count else INF
+            assert price[image, place].item() == pytest.approx(expected, abs=1e-12)
+            assert source >= count or cosines[int(to[image, place]) // 2] == max(cosines)
+
+
+def test_prices_are_padding_blind() -> None:
+    points, size, weight = torch.randn(1, 7, 3), torch.ones(1, 7), torch.ones(1, 7)
+    alone = ward_prices(points, size, weight, torch.ones(1, 7, dtype=torch.bool))
+    junk = torch.cat([points, points[:, -1:].expand(1, 4, 3)], 1)
+    more = torch.ones(1, 11)
+    padded = ward_prices(junk, more, more, torch.arange(11)[None] < 7)
+    assert torch.equal(padded[0][:, :3], alone[0]) and torch.equal(padded[1][:, :3], alone[1])
+    assert padded[0][:, 3:].eq(INF).all()
+
+
+def test_distances_are_never_negative() -> None:
+    x = torch.full((1, 4, 8), 1000.1)
+    assert squared_distances(x, x).ge(0).all()
+
+
+@given(st.lists(st.integers(0, 3).map(float), min_size=1, max_size=9), st.integers(0, 12))
+def test_fixed_counts_take_exactly_that_many_of_the_cheapest_even_among_ties(prices: list[float], remove: int) -> None:
+    gone = cheapest(torch.tensor([prices]), threshold=None, remove=remove)[0]
+    taken = [price for price, out in zip(prices, gone.tolist(), strict=True) if out]
+    assert sorted(taken) == sorted(prices)[: min(remove, len(prices))]
+
+
+def test_a_threshold_takes_what_is_below_it_and_zero_takes_nothing() -> None:
+    price = torch.tensor([[0.0, 1.0, 2.0, INF]])
+    assert cheapest(price, threshold=1.0, remove=None).tolist() == [[True, False, False, False]]
+    assert not cheapest(price, threshold=0.0, remove=None).any()
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(0, 2))
+def test_a_layout_lays_images_out_one_after_another(patches: list[int], prefix: int) -> None:
+    layout = Layout(tuple(count + prefix for count in patches), prefix)
+    rows = torch.arange(layout.rows)
+    images = layout.split(rows)
+    assert [len(own) for own in images] == list(layout.counts) and layout.rectangular == (len(set(patches)) == 1)
+    assert layout.image.tolist() == [image for image, count in enumerate(layout.counts) for _ in range(count)]
+    for image, own in enumerate(images):
+        held = layout.padded(rows)[image][layout.valid[image]]
+        assert torch.equal(held, own[prefix:]) and torch.equal(layout.prefix_rows(rows)[image], own[:prefix])
+        assert torch.equal(layout.index[image][layout.valid[image]], own[prefix:])
+        assert layout.padded(rows)[image, -1] == own[-1]
+    assert torch.equal(layout.spread(torch.arange(len(patches))), layout.image)

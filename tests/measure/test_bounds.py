@@ -1,0 +1,36 @@
+"""Bounds against exact binomial arithmetic and simulation-free coverage."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from hesper.measure.bounds import disagreement_p_value, images_needed, mean_upper_bound
+
+
+@given(n=st.integers(5, 400), limit=st.floats(0.01, 0.5), alpha=st.floats(0.01, 0.3))
+def test_a_true_rate_at_the_limit_is_wrongly_accepted_no_more_often_than_promised(n, limit, alpha):
+    """Exact over all outcomes: the probability of a p-value at or below alpha is at most alpha."""
+    accepted = [k for k in range(n + 1) if disagreement_p_value(k / n, n, limit) <= alpha]
+    assert sum(float(stats.binom.pmf(k, n, limit)) for k in accepted) <= alpha + 1e-12
+
+
+@given(n=st.integers(10, 300), limit=st.floats(0.02, 0.5))
+def test_more_disagreement_never_proves_more(n, limit):
+    values = [disagreement_p_value(k / n, n, limit) for k in range(n + 1)]
+    assert all(a <= b + 1e-12 for a, b in zip(values, values[1:], strict=False))
+    assert values[-1] == 1.0
+
+
+@given(limit=st.floats(0.005, 0.4), confidence=st.floats(0.6, 0.99))
+def test_images_needed_is_the_first_sample_size_that_can_prove_anything(limit, confidence):
+    needed = images_needed(limit, confidence)
+    assert disagreement_p_value(0.0, needed, limit) <= 1 - confidence + 1e-9
+    assert needed == 1 or math.exp((needed - 1) * math.log(1 - limit)) > 1 - confidence - 1e-9
+
+
+def test_mean_bound_is_students():
+    assert mean_upper_bound(2.0, 0.5, 10, 0.95) == pytest.approx(2.0 + 0.5 * 1.8331129326536335)
+    assert mean_upper_bound(2.0, 0.5, 1, 0.95) == math.inf

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hesper.graft import GraftedViT, Outcome, graft
+from hesper.hosts import open_host
+from hesper.measure.macs import block_macs, dense_macs, fixed_macs, head_macs, model_macs
+from hesper.plan import Anatomy, Combine, HeadCut
+from vits import KINDS, RANK, cuts_of, pictures, plan_for, tables, vit
+
+TINY = Anatomy(12, 192, 3, 64, 768, 197, 1, 1000, 768, (224, 224), (14, 14), False)
+
+
+def counted(model: torch.nn.Module, images: torch.Tensor) -> int:
+    """MACs of every matrix product and convolution torch runs: half of the counter's operations."""
+    with FlopCounterMode(display=False) as counter:
+        model(images)
+    return counter.get_total_flops() // 2
+
+
+def unseen(model: GraftedViT, outcome: Outcome, image: int) -> int:
+    """What the counter cannot see, by formula: sums of products that are not matrix products.
+
+    * the reader's attention logits: tokens x heads x head width (element-wise product and sum),
+    * the router's matrix-vector products: tokens x (width + heads),
+    * the weighted sums at merges: merged tokens x width.
+    """
+    total, anatomy, traffic = 0, model.plan.model.anatomy, outcome.traffic
+    criterion = model.plan.pricing.criterion if model.plan.pricing else "tome"
+    for cut in model.plan.tokens:
+        tokens, heads = int(traffic.attended[image, cut.block]), model.host.blocks[cut.block].heads
+        if criterion in ("kl", "cls"):
+            total += tokens * heads * anatomy.head_dim
+        if criterion == "kl":
+            total += tokens * (anatomy.width + heads)
+        if cut.combine == "merge":
+            total += (tokens - int(traffic.fed[image, cut.block])) * anatomy.width
+    return total
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_dense_count_is_what_torch_counts(kind: str) -> None:
+    model = vit(kind)
+    assert counted(model, pictures(2)) == 2 * dense_macs(open_host(model).anatomy)
+
+
+CRITERIA: list[tuple[str, Combine, float]] = [
+    ("kl", "merge", 2.0),
+    ("tome", "merge", 0.6),
+    ("kl", "drop", 0.06),
+    ("cls", "drop", 0.06),
+    ("cls", "merge", 0.06),
+    ("random", "merge", 0.3),
+]
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("heads", [(), (HeadCut(0, (1,)), HeadCut(3, (0, 2)))])
+@pytest.mark.parametrize(("criterion", "combine", "threshold"), CRITERIA)
+@pytest.mark.parametrize("kind", ["registers", "skipping"])
+@torch.no_grad()
+def test_the_count_of_one_image_is_what_torch_counts(
+    kind: str, criterion: str, combine: Combine, threshold: float, heads: Any, adaptive: bool
+) -> None:
+    how = {"threshold": threshold} if adaptive else {"remove": 2}
+    dense, skipping = vit("plain" if kind == "skipping" else kind), kind == "skipping"
+    plan = plan_for(dense, cuts_of(combine, [0, 1, 2], **how), criterion, heads, skip_unread=skipping)
+    model = graft(dense, plan, tables(dense))
+    for image in pictures(2).split(1):
+        outcome = model.run(image)
+        assert counted(model, image) == outcome.macs[0] - unseen(model, outcome, 0)
+
+
+@torch.no_grad()
+def test_a_pooled_mean_weighted_by_size_is_not_counted_as_no_mean_is() -> None:
+    dense = vit("pooled")
+    model, image = graft(dense, plan_for(dense, cuts_of("merge", [1], remove=3)), tables(dense)), pictures(1)
+    outcome = model.run(image)
+    assert counted(model, image) == outcome.macs[0] - unseen(model, outcome, 0) + 9 * 24
+
+
+@pytest.mark.parametrize(("criterion", "combine", "threshold"), CRITERIA)
+@torch.no_grad()
+def test_a_ragged_batch_runs_what_its_images_need_and_padded_pairs(criterion: str, combine: Combine, threshold: float) -> None:
+    dense, images = vit(), pictures(4)
+    plan = plan_for(dense, cuts_of(combine, [0, 1, 2], threshold=threshold), criterion, [HeadCut(1, (0,))], skip_unread=True)
+    model = graft(dense, plan, tables(dense))
+    outcome = model.run(images)
+    needed = int(outcome.macs.sum()) - sum(unseen(model, outcome, image) for image in range(4))
+    padding = 0
+    depth = {"kl": RANK, "tome": 8}.get(criterion, 8)
+    for block in range(3):
+        patches = outcome.traffic.attended[:, block] - 1
+        most = patches.max()
+        if combine == "merge" and criterion in ("kl", "tome"):
+            padding += int(((most // 2) * ((most + 1) // 2) - (patches // 2) * ((patches + 1) // 2)).sum()) * depth
+        elif combine == "merge":
+            padding += int((most**2 - patches**2).sum()) * depth
+    assert counted(model, images) == needed + padding
+
+
+def test_a_block_of_a_usual_shape_has_the_usual_count() -> None:
+    n = np.array([197])
+    assert block_macs(TINY, 3, n, n, n).tolist() == [12 * 197 * 192**2 + 2 * 197**2 * 192]
+    assert dense_macs(TINY) == 12 * (12 * 197 * 192**2 + 2 * 197**2 * 192) + 196 * 768 * 192 + 192 * 1000
+    assert head_macs(TINY) == 197 * (4 * 192 * 64) + 2 * 197**2 * 64
+
+
+def test_a_model_is_its_blocks_its_ends_and_its_decisions() -> None:
+    counts = np.arange(1, 25, dtype=np.int64).reshape(2, 12)
+    fed, deciding = counts // 2, np.array([7, 9], dtype=np.int64)
+    total = model_macs(TINY, [3, 2] * 6, counts, counts, fed, deciding)
+    for image in range(2):
+        expected = int(deciding[image]) + fixed_macs(TINY)
+        for block in range(12):
+            n, m, inner = int(counts[image, block]), int(fed[image, block]), (3, 2)[block % 2] * 64
+            expected += 4 * n * 192 * inner + 2 * n * n * inner + 2 * m * 192 * 768
+        assert total[image] == expected
