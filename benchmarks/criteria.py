@@ -48,9 +48,13 @@ def blank(model: OpenModel, row: str) -> Plan:
 
 
 def constant(plan: Plan, combine: str, per_block: float, blocks: tuple[int, ...]) -> Plan:
-    """The same number of tokens removed in every block, on average where it is no whole number."""
-    steps = np.diff(np.floor(np.arange(len(blocks) + 1) * per_block + 0.5)).astype(int)
-    return replace(plan, tokens=tuple(TokenCut(b, combine, remove=int(r)) for b, r in zip(blocks, steps, strict=True)))
+    """The same number of tokens removed in every block, on average where it is no whole number, and at most every other one."""
+    left, cuts = plan.model.anatomy.tokens - plan.model.anatomy.prefix_tokens, []
+    for step, block in zip(np.diff(np.floor(np.arange(len(blocks) + 1) * per_block + 0.5)).astype(int), blocks, strict=True):
+        remove = min(int(step), left // 2)
+        left -= remove
+        cuts.append(TokenCut(block, combine, remove=remove))
+    return replace(plan, tokens=tuple(cuts))
 
 
 def family(model: OpenModel, row: str) -> Callable[[float], Plan]:

@@ -22,7 +22,7 @@ from hesper.heart.prune import prune as prune_model
 from hesper.hosts.open import OpenModel, build, open_model, wrap
 from hesper.measure.evaluate import Evaluation
 from hesper.measure.evaluate import evaluate as evaluate_model
-from hesper.plan import dumps, empty_plan
+from hesper.plan import Plan, dumps, empty_plan
 from hesper.runs import MODEL, PLAN, RECORD, Entry, RunFolder, append, environment, new_run, open_run, seal, utc_now, write_text
 
 Progress = Callable[[str, int, int], None]
@@ -77,7 +77,7 @@ def prune(
         seal(folder, "prune", asked=asked or {}, results=_results(pruned, images, pruned.skipped))
         if judged is not None:
             result, skipped = _compare(opened, cut, judged, settings.batch_size, device, progress)
-            append(folder / RECORD, _entry(result, judged, skipped, data, settings.batch_size))
+            append(folder / RECORD, _entry(result, judged, skipped, (asked or {}).get("data", data), settings.batch_size))
     return open_run(out)
 
 
@@ -170,7 +170,7 @@ def _compare(
     return result, loader.skipped
 
 
-def _entry(result: Evaluation, images: ImageSet, skipped: Sequence[Skipped], data: str | Path | None, batch_size: int) -> Entry:
+def _entry(result: Evaluation, images: ImageSet, skipped: Sequence[Skipped], data: object, batch_size: int) -> Entry:
     """The record's account of an evaluation."""
     asked = {"data": str(data), "data_sha256": images.sha256, "batch_size": batch_size}
     return Entry("eval", utc_now(), asked, environment(), _evaluation(result, images, skipped), {})
@@ -200,9 +200,20 @@ def _images(
 def _load(run: RunFolder) -> GraftedViT:
     state = _state(run)
     tables = {name.removeprefix(DECIDERS): tensor for name, tensor in state.items() if name.startswith(DECIDERS)}
-    cut = graft(build(run.plan.model.name, run.plan.model.anatomy), run.plan, tables)
+    cut = graft(build(run.plan.model.name, run.plan.model.anatomy), run.plan, _for_all_heads(tables, run.plan))
     _fill(cut, {name: tensor for name, tensor in state.items() if not name.startswith(DENSE)}, run)
     return cut
+
+
+def _for_all_heads(tables: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """A run's tables as grafting wants them, for the dense model's heads: those of removed heads, never used, are zero."""
+    full, heads = dict(tables), plan.model.anatomy.heads
+    for cut in plan.heads:
+        key = f"{cut.block}.router.attention"
+        if key in tables:
+            full[key] = tables[key].new_zeros(heads)
+            full[key][[head for head in range(heads) if head not in cut.remove]] = tables[key]
+    return full
 
 
 def _open_dense(run: RunFolder) -> OpenModel:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["demo"]
 
 
-@click.command(epilog=example("hesper demo --out digits"))
+@click.command(short_help="The whole story on real digits, in two minutes.", epilog=example("hesper demo --out digits"))
 @click.option("--out", type=file_path(), default=Path("hesper-demo"), show_default=True, metavar="DIR", help="The folder to make.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="For all that is random.")
 @with_json
@@ -40,9 +40,9 @@ def narrate(story: Story) -> str:
     """The story in a few lines."""
     found, out = story.evaluation, story.out
     dense, cut = (1000 * seconds for seconds in story.timing.seconds)
-    timing = story.timing
+    timing, taught = story.timing, f"learned {story.images['train']} handwritten digits in {story.seconds['train']:.0f} s"
     return f"""\
-A vision transformer of {story.parameters:,} parameters learned {story.images["train"]} handwritten digits in {story.seconds["train"]:.0f} s.
+A vision transformer of {story.parameters:,} parameters {taught}.
 Pruned with a budget on the loss, no weight trained, {story.images["calib"]} calibration images:
   {story.statement}
 

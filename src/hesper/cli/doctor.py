@@ -18,7 +18,7 @@ OPTIONAL = {
 }
 
 
-@click.command(epilog=example("hesper doctor --json"))
+@click.command(short_help="Say what is available here, and why the rest is not.", epilog=example("hesper doctor --json"))
 @with_json
 def doctor(json_: bool) -> None:
     """Say what is available here: versions, devices, attention kernels and optional packages, and why the rest is not."""

@@ -23,7 +23,11 @@ from hesper.cli.progress import Stages
 __all__ = ["evaluate", "table"]
 
 
-@click.command("eval", epilog=example("hesper eval runs/vit-tiny-066 --data imagenet/val --json"))
+@click.command(
+    "eval",
+    short_help="Evaluate a run or a dense model on images.",
+    epilog=example("hesper eval runs/vit-tiny-066 --data imagenet/val --json"),
+)
 @click.argument("target", metavar="RUN|MODEL")
 @click.option("--data", type=file_path(), required=True, metavar="DIR", help="Images; with class folders they are labelled.")
 @with_weights

@@ -20,7 +20,7 @@ class Failure(click.ClickException):
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.code = exit_code
 
     @classmethod
     def of(cls, error: Exception) -> Exception:
@@ -45,7 +45,7 @@ class Failure(click.ClickException):
         """Print the sentence; gives the exit code."""
         sentence = " ".join(self.format_message().split())
         click.echo(f"hesper: {sentence}{'' if sentence.endswith(('.', '?', '!')) else '.'}", file=sys.stderr)
-        return self.exit_code
+        return self.code
 
 
 def explain(error: click.UsageError) -> str:

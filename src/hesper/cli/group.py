@@ -34,6 +34,8 @@ class Verbs(click.Group):
                 code = super().main(args, prog_name or "hesper", standalone_mode=False, **extra)
             except click.Abort:
                 code = Failure("interrupted; nothing was written").tell()
+            except Failure as error:
+                code = error.tell()
             except click.UsageError as error:
                 code = Failure(explain(error), 2).tell()
             except click.ClickException as error:
@@ -49,6 +51,10 @@ class Verbs(click.Group):
                 raise
             raise Failure.of(error) from error
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs in the order in which people meet them."""
+        return list(self.commands)
+
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the verb; the nearest ones are offered for one that does not exist."""
         if args and args[0] not in self.commands and not args[0].startswith("-"):
@@ -59,15 +65,19 @@ class Verbs(click.Group):
 @click.group(
     cls=Verbs,
     name="hesper",
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Begin with:\n\n\b\n  hesper demo",
 )
 @click.version_option(__version__, message="%(prog)s %(version)s", help="Show the version and exit.")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Make trained vision transformers cheaper to run, within a budget you name.
 
     A trained model, a folder of images and a budget go in. A smaller, faster model comes out, with its plan, its proof and a report.
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 for verb in (demo, prune, evaluate, show, report, doctor):

@@ -34,11 +34,12 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
 
 
 @click.command(
+    short_help="Prune a model within a budget.",
     epilog=example(
         "hesper prune vit_tiny_patch16_224.augreg_in21k_ft_in1k \\",
         "    --calib imagenet/calib --class-map imagenet/classes.txt \\",
         "    --macs 0.66 --data imagenet/val --out runs/vit-tiny-066",
-    )
+    ),
 )
 @click.argument("model")
 @click.option("--calib", type=file_path(), required=True, metavar="DIR", help="Calibration images; half of them only verify the budget.")
@@ -165,7 +166,7 @@ def _budget_kind(options: dict[str, Any]) -> str:
     given = [kind for kind, option in BUDGETS.items() if options[option.strip("-").replace("-", "_")] is not None]
     if len(given) != 1:
         names = ", ".join(BUDGETS[kind] for kind in given)
-        what = f"{names} were given together" if given else "None was given"
+        what = f"{names} were given together" if given else "No budget was given"
         raise UsageError(f"{what}; give exactly one budget: --macs RATIO, --loss-budget NATS or --max-disagreement P.")
     return given[0]
 

@@ -14,7 +14,9 @@ from hesper.errors import UsageError
 __all__ = ["report"]
 
 
-@click.command(epilog=example("hesper report runs/vit-tiny-066 runs/vit-tiny-050 --out report.html"))
+@click.command(
+    short_help="Write an HTML page about runs.", epilog=example("hesper report runs/vit-tiny-066 runs/vit-tiny-050 --out report.html")
+)
 @click.argument("runs", metavar="RUN...", type=file_path(), nargs=-1, required=True)
 @click.option("--out", type=file_path(), required=True, metavar="FILE", help="The HTML file to write; it needs no other file.")
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")

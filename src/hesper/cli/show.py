@@ -11,7 +11,7 @@ from hesper.cli.options import example, file_path
 __all__ = ["show"]
 
 
-@click.command(epilog=example("hesper show runs/vit-tiny-066"))
+@click.command(short_help="Show a plan on one screen.", epilog=example("hesper show runs/vit-tiny-066"))
 @click.argument("target", metavar="RUN|PLAN.TOML", type=file_path())
 def show(target: Path) -> None:
     """Show the plan of RUN, or of a plan.toml, on one screen.

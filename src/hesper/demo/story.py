@@ -109,7 +109,8 @@ def _trained(folder: Path, epochs: int, seed: int, note: Progress) -> OpenModel:
 def _asked(out: Path, seed: int) -> dict[str, Any]:
     """The record's account of the request, in the names the files have in the end."""
     command = shlex.join(["hesper", "demo", "--out", str(out), "--seed", str(seed)])
-    return {"command": command, "model": ARCHITECTURE, "weights": str(out / WEIGHTS), "calib": str(out / DATA / "calib"), "seed": seed}
+    paths = {"weights": out / WEIGHTS, "calib": out / DATA / "calib", "data": out / DATA / "test"}
+    return {"command": command, "model": ARCHITECTURE, **{name: str(path) for name, path in paths.items()}, "seed": seed}
 
 
 def _timing(opened: OpenModel, folder: Path, note: Progress) -> Comparison:
@@ -127,9 +128,11 @@ def _timing(opened: OpenModel, folder: Path, note: Progress) -> Comparison:
 
 
 def _record_timing(record: Path, timing: Comparison) -> None:
-    results = {"unit": "seconds per batch", "dense": list(timing.a), "pruned": list(timing.b)}
-    results |= {"ratio": timing.ratio, "ratio_low": timing.low, "ratio_high": timing.high}
-    append(record, Entry("timing", utc_now(), {"batch_size": BATCH, "rounds": ROUNDS, "warmup": WARMUP}, environment(), results))
+    results = {"unit": "seconds per batch", "dense": timing.a, "pruned": timing.b}
+    spread = {"ratio": timing.ratio, "ratio_low": timing.low, "ratio_high": timing.high}
+    append(
+        record, Entry("timing", utc_now(), {"batch_size": BATCH, "rounds": ROUNDS, "warmup": WARMUP}, environment(), {**results, **spread})
+    )
 
 
 class _Clock:

@@ -74,16 +74,16 @@ def train(
         progress: told (done, total) in steps.
     """
     generator = torch.Generator().manual_seed(seed)
-    steps = max(len(images) // BATCH, 1)
+    steps = len(images) // BATCH
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=epochs * steps, pct_start=0.15)
     model.train().requires_grad_(True)
     for epoch in range(epochs):
         order = torch.randperm(len(images), generator=generator)
-        for step, chosen in enumerate(order[: steps * BATCH].split(BATCH)):
+        for step, chosen in enumerate(order[: steps * BATCH].view(steps, -1)):
             loss = cross_entropy(model(_shifted(images[chosen], generator)), labels[chosen])
             optimiser.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             schedule.step()

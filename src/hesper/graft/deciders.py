@@ -54,6 +54,9 @@ class Decider(Protocol):
     def __call__(self, state: State) -> Decision:
         """The decision for a batch."""
 
+    def prices(self, state: State) -> tuple[Tensor, Tensor | None]:
+        """Prices of the candidates ``[images, candidates]``, infinite where there is none, and where each would merge if that is known."""
+
     def macs(self, tokens: Counts, prefix: int) -> Counts:
         """MACs spent on deciding for images that have ``tokens`` tokens, ``prefix`` of them prefix tokens.
 
@@ -98,12 +101,16 @@ class CurvatureMerge(nn.Module):
         self.register_buffer("root", weights["root"].clone())
         self.router = Router(weights)
 
-    def forward(self, state: State) -> Decision:
-        """The decision for a batch."""
+    def prices(self, state: State) -> tuple[Tensor, Tensor]:
+        """Nats of merging each source ``[images, sources]``, and the patch it would merge into."""
         layout = state.layout
         log_weight = self.router(state).clamp(-LARGEST_LOG_CURVATURE, LARGEST_LOG_CURVATURE)
         points, size, weight = (layout.padded(t) for t in (state.stream @ self.root, state.size, (self.gamma * log_weight).exp()))
-        return _bipartite(*ward_prices(points, size, weight, layout.valid), self.cut, layout)
+        return ward_prices(points, size, weight, layout.valid)
+
+    def forward(self, state: State) -> Decision:
+        """The decision for a batch."""
+        return _bipartite(*self.prices(state), self.cut, state.layout)
 
     def macs(self, tokens: Counts, prefix: int) -> Counts:
         """MACs spent on deciding: metric and router for every row, distances of all sources to all destinations."""
@@ -120,10 +127,13 @@ class KeyMerge(nn.Module):
         super().__init__()
         self.cut, self.head_dim = cut, head_dim
 
+    def prices(self, state: State) -> tuple[Tensor, Tensor]:
+        """One minus the cosine of each source ``[images, sources]`` to the patch it would merge into, and that patch."""
+        return similarity_prices(state.layout.padded(state.key.mean(1)), state.layout.valid)
+
     def forward(self, state: State) -> Decision:
         """The decision for a batch."""
-        keys = state.layout.padded(state.key.mean(1))
-        return _bipartite(*similarity_prices(keys, state.layout.valid), self.cut, state.layout)
+        return _bipartite(*self.prices(state), self.cut, state.layout)
 
     def macs(self, tokens: Counts, prefix: int) -> Counts:
         """MACs spent on the similarities."""
@@ -190,10 +200,13 @@ class ScoredCut(nn.Module):
         """Whether the score does."""
         return self.score.reads_attention
 
+    def prices(self, state: State) -> tuple[Tensor, None]:
+        """The score of every patch ``[images, patches]``; where it merges depends on what else goes."""
+        return state.layout.padded(self.score(state)).masked_fill(~state.layout.valid, INFINITY), None
+
     def forward(self, state: State) -> Decision:
         """The decision for a batch."""
-        layout = state.layout
-        price = layout.padded(self.score(state)).masked_fill(~layout.valid, INFINITY)
+        layout, (price, _) = state.layout, self.prices(state)
         gone = cheapest(price, threshold=self.cut.threshold, remove=self.cut.remove) & layout.valid
         gone = _leave_one(gone, price, layout)
         if self.cut.combine == "drop":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hesper.curvature import Batch
 from hesper.graft import GraftedViT, graft
-from hesper.graft.deciders import State
+from hesper.graft.deciders import Decider, State
 from hesper.plan import Plan, Schedule, TokenCut
 
 Calibration = Callable[[Plan], tuple[TokenCut, ...]]
@@ -62,9 +62,18 @@ def _same_share(plan: Plan, removed: list[float]) -> list[float]:
 
 
 def _as_counts(plan: Plan, removed: list[float]) -> tuple[TokenCut, ...]:
-    """Whole numbers whose running sum follows the running sum of the means, so that roundings do not add up."""
-    steps = np.diff(np.round(np.cumsum([0.0, *removed]))).astype(int)
-    return tuple(replace(cut, threshold=None, remove=int(step)) for cut, step in zip(plan.tokens, steps, strict=True))
+    """Whole numbers whose running sum follows the running sum of the means, so that roundings do not add up.
+
+    A merge takes at most every other token, a drop leaves at least one.
+    """
+    left = plan.model.anatomy.tokens - plan.model.anatomy.prefix_tokens
+    cuts, due = [], 0.0
+    for cut, mean in zip(plan.tokens, removed, strict=True):
+        due += mean
+        step = max(0, min(round(due), left // 2 if cut.combine == "merge" else left - 1))
+        due, left = due - step, left - step
+        cuts.append(replace(cut, threshold=None, remove=step))
+    return tuple(cuts)
 
 
 def _as_thresholds(plan: Plan, fixed: tuple[TokenCut, ...], cut: GraftedViT, batches: Iterable[Batch]) -> tuple[TokenCut, ...]:
@@ -76,7 +85,7 @@ def _as_thresholds(plan: Plan, fixed: tuple[TokenCut, ...], cut: GraftedViT, bat
 
         def note(decider: nn.Module, inputs: tuple[State], _: object, block: int = int(block), count: int = count) -> None:
             if count:
-                price = cast(Any, decider).prices(inputs[0])[0]
+                price = cast(Decider, decider).prices(inputs[0])[0]
                 last = price.kthvalue(min(count, price.shape[-1]), -1).values
                 prices.setdefault(block, []).append(last[last.isfinite() & (last > 0)].log())
 

@@ -1,0 +1,137 @@
+"""The budget on synthetic families whose truth is known: never over, and as close as measurement allows."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hesper.errors import JobError, UsageError
+from hesper.heart.budget import check_budget, choose
+from hesper.heart.family import Family, affordable_heads, alternate_blocks, every_block
+from hesper.heart.fit import Atlas
+from hesper.measure.evaluate import Evaluation
+from hesper.measure.macs import head_macs
+from hesper.plan import Anatomy, Budget, empty_plan
+
+TINY = Anatomy(12, 192, 3, 64, 768, 197, 1, 1000, 768, (224, 224), (14, 14), False)
+DENSE = 1_000_000
+
+
+def family(name="plain", heads="none"):
+    atlas = Atlas(torch.zeros(12, 196), torch.arange(36.0).view(12, 3), torch.zeros(12, 3), 8)
+    return Family(name, empty_plan("tiny", TINY), every_block(TINY), "merge", heads, atlas)
+
+
+def world(n, seed, drift=1.0, spread=0.05):
+    """Truth: kept MACs fall with the logarithm of the dial, drift and disagreement rise with it; images differ."""
+    rng = np.random.default_rng(seed)
+    hard = rng.lognormal(0, 1, n)
+    noise = rng.normal(0, spread, n)
+
+    def trial(plan):
+        dial = plan.tokens[0].threshold
+        kept = np.clip(1 / (1 + (dial / 1e-4) ** 0.25) + noise, 0.1, 1.0)
+        kl = drift * hard * dial * 100
+        agree = (rng.random(n) >= np.minimum(0.9, kl / 2)).astype(float)
+        return Evaluation(kl, agree, kept * DENSE, np.ones((n, 12), dtype=np.int64), DENSE, None, None, None, None, None, 0.0)
+
+    return trial
+
+
+def pick(budget, n=200, seed=0, families=None, drift=None):
+    drift = drift or {}
+    return choose(
+        families or [family()],
+        budget,
+        lambda f: world(100, seed + 1, drift.get(f.name, 1.0)),
+        lambda f: world(n, seed, drift.get(f.name, 1.0)),
+    )
+
+
+@given(value=st.floats(0.3, 0.9), seed=st.integers(0, 50))
+@settings(max_examples=30, deadline=None)
+def test_macs_are_never_over_and_nearly_spent(value, seed):
+    chosen = pick(Budget("macs", value, 0.95), seed=seed)
+    assert chosen.measured.macs.mean < value
+    assert chosen.measured.macs.mean > value - 0.05
+    assert f"{value:g}" in chosen.measured.statement
+
+
+@given(value=st.floats(0.001, 0.3), seed=st.integers(0, 50))
+@settings(max_examples=30, deadline=None)
+def test_loss_is_never_over_and_more_budget_never_buys_a_milder_plan(value, seed):
+    chosen, richer = pick(Budget("loss", value, 0.95), seed=seed), pick(Budget("loss", 2 * value, 0.95), seed=seed)
+    assert chosen.measured.drift_kl.mean < value
+    assert chosen.evaluation.drift_kl.std() > 0
+    assert richer.dial > chosen.dial
+
+
+def test_disagreement_is_proven_not_just_observed():
+    chosen = pick(Budget("disagreement", 0.05, 0.95), n=400)
+    assert 1 - chosen.measured.agreement.mean < 0.05
+    assert "Hoeffding-Bentkus" in chosen.measured.statement
+
+
+def test_the_family_of_less_drift_wins():
+    families = [family("bad"), family("good")]
+    assert pick(Budget("macs", 0.6, 0.95), families=families, drift={"bad": 3.0, "good": 1.0}).family.name == "good"
+
+
+def test_a_family_of_heads_that_cuts_none_is_not_measured_twice():
+    seen = []
+
+    def tune(f):
+        seen.append(f.name)
+        return world(100, 1)
+
+    choose([family("tokens"), family("with heads", "static")], Budget("macs", 0.6, 0.95), tune, lambda f: world(200, 0))
+    assert seen.count("with heads") <= 1
+
+
+def test_what_cannot_be_had_is_said_with_what_can():
+    with pytest.raises(JobError, match=r"least that can be had is 0\.1"):
+        pick(Budget("macs", 0.05, 0.95))
+    with pytest.raises(JobError, match="mildest plan"):
+        pick(Budget("disagreement", 0.02, 0.95), n=100)
+
+
+@pytest.mark.parametrize(
+    ("budget", "n", "words"),
+    [
+        (Budget("macs", 0.0, 0.95), 100, "between 0 and 1"),
+        (Budget("macs", -0.2, 0.95), 100, "between 0 and 1"),
+        (Budget("macs", 1.2, 0.95), 100, "between 0 and 1"),
+        (Budget("loss", 0.0, 0.95), 100, "above 0"),
+        (Budget("loss", math.nan, 0.95), 100, "above 0"),
+        (Budget("disagreement", 0.05, 0.95), 40, "at least 59 images"),
+        (Budget("disagreement", 0.05, 1.0), 40, "confidence"),
+        (Budget("macs", 0.5, 0.95), 1, "at least 2 images"),
+    ],
+)
+def test_impossible_budgets_are_refused_beforehand(budget, n, words):
+    with pytest.raises(UsageError, match=words):
+        check_budget(budget, n)
+
+
+def test_heads_go_by_price_per_mac_and_the_dearest_of_a_block_stays():
+    prices = torch.tensor([[0.1, 0.2, 0.3], [5.0, 0.05, 6.0]])
+    two = dataclasses.replace(TINY, depth=2)
+    cuts = affordable_heads(prices, two, 1.0 / head_macs(two))
+    assert [(cut.block, cut.remove) for cut in cuts] == [(0, (0, 1)), (1, (1,))]
+    assert affordable_heads(prices, two, 0.0) == ()
+
+
+def test_a_milder_dial_cuts_no_head_a_stronger_one_keeps():
+    members = [family("f", "static").at(dial) for dial in (1e-6, 1e-3, 1e-1, 1e1)]
+    heads = [{(cut.block, head) for cut in plan.heads for head in cut.remove} for plan in members]
+    assert all(a <= b for a, b in zip(heads, heads[1:], strict=False))
+
+
+def test_blocks_that_nobody_reads_after_are_left_out():
+    assert every_block(TINY) == tuple(range(11))
+    assert every_block(dataclasses.replace(TINY, reads_patches=True)) == tuple(range(12))
+    assert alternate_blocks(TINY) == (0, 2, 4, 6, 8, 10)

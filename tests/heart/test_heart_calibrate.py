@@ -1,0 +1,61 @@
+"""Fixed counts and symmetric schedules made from an adaptive plan."""
+
+import numpy as np
+import pytest
+import torch
+from vits import cuts_of, pictures, plan_for, tables, vit
+
+from hesper.curvature import ImageBatch
+from hesper.graft import graft
+from hesper.heart.calibrate import calibration, mean_removed
+
+DIALS = {"merge": 30.0, "drop": 2.0}
+
+
+def setting(combine, counts, schedule):
+    model = vit("plain")
+    plan = plan_for(model, cuts_of(combine, [0, 1, 2], threshold=DIALS[combine]))
+    batches = [ImageBatch(pictures(8))]
+    return model, plan, batches, calibration(model, tables(model), lambda: batches, counts, schedule)
+
+
+def test_adaptive_and_asymmetric_is_what_the_family_gives_already():
+    assert setting("merge", "adaptive", "asymmetric")[3] is None
+
+
+@pytest.mark.parametrize("combine", ["merge", "drop"])
+def test_fixed_counts_follow_the_mean_of_the_adaptive_plan(combine):
+    model, plan, batches, shape = setting(combine, "fixed", "asymmetric")
+    mean = mean_removed(graft(model, plan, tables(model)), batches)
+    cuts = shape(plan)
+    assert sum(mean) > 1
+    assert all(cut.threshold is None for cut in cuts)
+    assert np.abs(np.cumsum([cut.remove for cut in cuts]) - np.cumsum(mean)).max() <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("combine", ["merge", "drop"])
+def test_symmetric_counts_take_the_same_share_of_what_is_left(combine):
+    model, plan, _, shape = setting(combine, "fixed", "symmetric")
+    left, shares = 12, []
+    for cut in shape(plan):
+        shares.append(cut.remove / left)
+        left -= cut.remove
+    assert max(shares) - min(shares) < 0.15
+
+
+@pytest.mark.parametrize("combine", ["merge", "drop"])
+def test_symmetric_thresholds_remove_about_the_symmetric_counts(combine):
+    model, plan, batches, shape = setting(combine, "adaptive", "symmetric")
+    fixed = setting(combine, "fixed", "symmetric")[3](plan)
+    cuts = shape(plan)
+    assert all(cut.remove is None for cut in cuts)
+    adaptive = graft(model, plan_for(model, cuts), tables(model))
+    mean = mean_removed(adaptive, batches)
+    assert np.abs(np.array(mean) - np.array([cut.remove for cut in fixed])).max() <= 1.5
+
+
+def test_mean_removed_counts_every_image():
+    model = vit("plain")
+    cut = graft(model, plan_for(model, cuts_of("merge", [0, 2], remove=3)), tables(model))
+    batches = [ImageBatch(pictures(3)), ImageBatch(torch.randn(2, 3, 32, 24))]
+    assert mean_removed(cut, batches) == [3.0, 3.0]
