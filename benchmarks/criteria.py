@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from common import Book, Place, arguments, say
 
-from hesper.data import batches
+from hesper.data import ImageSet, LoadedBatch, batches
 from hesper.graft import graft
 from hesper.heart.criteria import Criterion
 from hesper.heart.family import every_block
@@ -78,39 +78,47 @@ def place_dial(plan_at: Callable[[float], Plan], kept: Callable[[Plan], float], 
     return high
 
 
+def kept_on(model: OpenModel, probe: list[LoadedBatch], tensors: dict[str, torch.Tensor]) -> Callable[[Plan], float]:
+    """The mean share of MACs a plan keeps on the probe images."""
+
+    def kept(plan: Plan) -> float:
+        cut = graft(model.host.module, plan, tensors)
+        with torch.inference_mode():
+            return float(np.mean([cut.run(batch.images).macs.mean() for batch in probe])) / cut.dense_macs
+
+    return kept
+
+
+def fitted(model: OpenModel, calib: ImageSet, row: str, count: int) -> dict[str, torch.Tensor]:
+    """The tables of a criterion, fitted on images spread over the calibration folder; none for the baselines."""
+    criterion, combine = methods()[row]
+    if criterion not in ("kl", "ce", "heart"):
+        return {}
+    seen = batches(calib, 16, indices=range(0, len(calib), max(1, len(calib) // count)))
+    return fit_tables(model.host, seen, Criterion(criterion, draws=3), combine, RANK, torch.Generator().manual_seed(0)).tensors
+
+
 def main() -> None:
-    options = arguments(__doc__.splitlines()[0], book="criteria.jsonl", fit=256, images=0)
+    options = arguments(__doc__.splitlines()[0], book="criteria.jsonl", fit=256)
     book, place = Book(Path(options.book)), Place(options.data)
     for key in options.models:
         model = place.model(key)
         val, calib = place.images("val", model), place.images("calib", model)
-        indices = range(options.images or len(val))
-        dense = dense_logits(model.host.module, batches(val, BATCH, indices=indices))
         probe = list(batches(val, BATCH, indices=range(PROBE)))
-        for row, (criterion, combine) in methods().items():
-            if all(f"{key} | {row} | {target}" in book for target in TARGETS):
+        dense: list[torch.Tensor] = []
+        for row in methods():
+            wanted = {f"{key} | {row} | {target}": target for target in TARGETS}
+            if all(name in book for name in wanted):
                 continue
-            tensors: dict[str, torch.Tensor] = {}
-            if criterion in ("kl", "ce", "heart"):
-                found = Criterion(criterion, draws=3)
-                seen = batches(calib, 16, indices=range(0, len(calib), max(1, len(calib) // options.fit)))
-                tensors = fit_tables(model.host, seen, found, combine, RANK, torch.Generator().manual_seed(0)).tensors
-
-            def kept(plan: Plan, tensors: dict[str, torch.Tensor] = tensors) -> float:
-                cut = graft(model.host.module, plan, tensors)
-                with torch.inference_mode():
-                    return float(np.mean([cut.run(batch.images).macs.mean() for batch in probe])) / cut.dense_macs
-
-            for target in TARGETS:
-                name = f"{key} | {row} | {target}"
-                if name in book:
-                    continue
-                plan_at = family(model, row)
-                dial = place_dial(plan_at, kept, target, counts=not tensors)
-                cut = graft(model.host.module, plan_at(dial), tensors)
-                result = evaluate(cut, dense, batches(val, BATCH, indices=indices)).summary()
-                book.add(name, {"dial": dial, "target": target, **result})
-                say(line(name, book.rows[name]))
+            dense = dense or dense_logits(model.host.module, batches(val, BATCH))
+            tensors = fitted(model, calib, row, options.fit)
+            for name, target in wanted.items():
+                if name not in book:
+                    plan_at = family(model, row)
+                    dial = place_dial(plan_at, kept_on(model, probe, tensors), target, counts=not tensors)
+                    result = evaluate(graft(model.host.module, plan_at(dial), tensors), dense, batches(val, BATCH)).summary()
+                    book.add(name, {"dial": dial, "target": target, **result})
+                    say(line(name, book.rows[name]))
     say("")
     for name, found in book.rows.items():
         say(line(name, found))

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from click.testing import Result
+
+import hesper as package
+from cli_helpers import NAME, QUICK, hesper, sentence, write_images
+from hesper.plan.show import render
+from hesper.runs import open_run
+
+
+def test_prune_writes_a_whole_run_and_shows_the_plan(pruned: tuple[Path, Result]) -> None:
+    out, result = pruned
+    run = open_run(out)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "gallery.safetensors",
+        "model.safetensors",
+        "plan.toml",
+        "record.json",
+        "report.html",
+    ]
+    assert render(run.plan) in result.stdout
+    assert str(out) in result.stdout and str(out / "report.html") in result.stdout
+    assert run.plan.measured is not None and run.plan.measured.macs.mean <= 0.9
+    assert [path.name for path in out.parent.iterdir()] == ["run"]
+
+
+def test_the_record_says_what_was_asked_and_holds_the_evaluation(pruned: tuple[Path, Result]) -> None:
+    out, result = pruned
+    first, second = open_run(out).entries
+    assert first.asked["macs"] == 0.9 and first.asked["criterion"] == "kl"
+    assert first.asked["command"].startswith(f"hesper prune {NAME} --calib ") and "--blocks alternate" in first.asked["command"]
+    assert "--temperature" not in first.asked["command"]
+    assert second.kind == "eval" and second.results["evaluation"]["n"] == 24
+    assert "top-1" in result.stdout
+
+
+def test_the_pruned_model_loads_and_answers_like_its_record(pruned: tuple[Path, Result]) -> None:
+    model = package.load(pruned[0])
+    logits = model(torch.zeros(2, 3, 160, 160))
+    assert logits.shape == (2, 3) and torch.equal(logits[0], logits[1])
+
+
+def test_json_is_all_there_is_on_stdout(tmp_path: Path, weights: Path, images: Path) -> None:
+    out = tmp_path / "run"
+    result = hesper("prune", NAME, "--weights", weights, "--calib", images, "--loss-budget", 0.5, "--out", out, "--json", *QUICK)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["run"] == str(out) and found["data"] is None and found["skipped"] == 0
+    assert "at most 0.5 nats" in found["statement"]
+
+
+def test_runs_with_removed_heads_load_and_evaluate(tmp_path: Path, weights: Path, images: Path) -> None:
+    out = tmp_path / "run"
+    quick = [word for word in QUICK if word not in ("--heads", "none")]
+    asked = ("prune", NAME, "--weights", weights, "--calib", images, "--loss-budget", 5, "--heads", "static", "--out", out, "--json")
+    result = hesper(*asked, *quick)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["heads_removed"] > 0
+    again = hesper("eval", out, "--data", images, "--json")
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout)["macs_ratio"] < 1
+
+
+def test_unreadable_files_are_named_skipped_and_counted(tmp_path: Path, weights: Path) -> None:
+    calib = write_images(tmp_path / "calib", 8)
+    (calib / "ant" / "broken.png").write_bytes(b"no picture")
+    (calib / "bee" / "notes.txt").write_text("not an image")
+    out = tmp_path / "run"
+    result = hesper("prune", NAME, "--weights", weights, "--calib", calib, "--macs", 0.9, "--out", out, "--data", calib, *QUICK)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.startswith("Skipped 4 files: bee/notes.txt (not an image by its file name); ant/broken.png (not an image); ")
+    assert open_run(out).entries[1].results["evaluation"]["n"] == 24
+
+
+def test_the_same_seed_makes_the_same_plan(tmp_path: Path, pruned: tuple[Path, Result], weights: Path, images: Path) -> None:
+    out = tmp_path / "run"
+    result = hesper("prune", NAME, "--weights", weights, "--calib", images, "--macs", 0.9, "--out", out, *QUICK)
+    assert result.exit_code == 0, result.stderr
+    first, second = open_run(pruned[0]).plan, open_run(out).plan
+    assert (first.tokens, first.heads, first.measured) == (second.tokens, second.heads, second.measured)
+
+
+def test_an_existing_folder_is_refused_and_stays(tmp_path: Path, pruned: tuple[Path, Result], weights: Path, images: Path) -> None:
+    taken = tmp_path / "run"
+    shutil.copytree(pruned[0], taken)
+    result = hesper("prune", NAME, "--weights", weights, "--calib", images, "--macs", 0.9, "--out", taken, *QUICK)
+    assert "exists already" in sentence(result, 2)
+    assert open_run(taken).plan == open_run(pruned[0]).plan and [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from cli_helpers import NAME, hesper, sentence, write_images
+from hesper.cli import main
+from hesper.plan.show import render
+from hesper.runs import open_run
+
+CONTRACT = [
+    "n",
+    "top1",
+    "top5",
+    "loss",
+    "dense_top1",
+    "agreement",
+    "drift_kl",
+    "macs_mean",
+    "macs_min",
+    "macs_max",
+    "macs_dense",
+    "seconds",
+]  # the keys others read
+
+
+@pytest.mark.parametrize("verb", sorted(main.commands))
+def test_every_option_is_explained_and_every_verb_has_an_example(verb: str) -> None:
+    text = hesper(verb, "--help").stdout
+    assert f"Example:\n\n    hesper {verb} " in text or (verb == "demo" and "hesper demo --out" in text)
+    for parameter in main.commands[verb].params:
+        assert parameter.param_type_name == "argument" or getattr(parameter, "help", None), parameter.name
+
+
+def test_help_lists_the_verbs_and_so_does_no_verb() -> None:
+    for words in ([], ["--help"], ["-h"]):
+        result = hesper(*words)
+        assert result.exit_code == 0
+        lines = result.stdout.splitlines()
+        start = lines.index("Commands:") + 1
+        assert [line.split()[0] for line in lines[start : start + 6]] == ["demo", "prune", "eval", "show", "report", "doctor"]
+        assert "..." not in "".join(lines[start : start + 6])
+
+
+def test_wrong_words_get_one_sentence() -> None:
+    assert sentence(hesper("pruen"), 2) == "There is no command 'pruen'; did you mean 'prune'?"
+    assert "hesper eval --help" in sentence(hesper("eval", NAME), 2)
+    assert "'kll'" in sentence(hesper("prune", NAME, "--calib", "x", "--out", "y", "--macs", 0.5, "--criterion", "kll"), 2)
+    assert "--bogus" in sentence(hesper("--bogus"), 2)
+
+
+def test_eval_of_a_run_prints_the_contract_and_records_it(tmp_path: Path, pruned: tuple[Path, Result], images: Path) -> None:
+    run = shutil.copytree(pruned[0], tmp_path / "run")
+    (tmp_path / "data").mkdir()
+    data = shutil.copytree(images, tmp_path / "data" / "val")
+    (data / "ant" / "broken.png").write_bytes(b"no picture")
+    result = hesper("eval", run, "--data", data, "--json")
+    assert result.exit_code == 0 and "ant/broken.png (not an image)" in result.stderr
+    found = json.loads(result.stdout)
+    assert all(isinstance(found[key], (int, float)) for key in CONTRACT)
+    assert found["n"] == 24 and found["skipped"] == 1 and found["macs_mean"] < found["macs_dense"]
+    assert len(open_run(run).entries) == len(open_run(pruned[0]).entries) + 1
+
+
+def test_eval_of_a_dense_model_drifts_nowhere(weights: Path, images: Path) -> None:
+    result = hesper("eval", NAME, "--weights", weights, "--data", images, "--json")
+    found = json.loads(result.stdout)
+    assert (found["drift_kl"], found["agreement"], found["macs_ratio"]) == (0, 1, 1)
+
+
+def test_eval_without_labels_leaves_out_what_needs_them(pruned: tuple[Path, Result], images: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(pruned[0], tmp_path / "run")
+    result = hesper("eval", run, "--data", images, "--no-labels")
+    assert result.exit_code == 0
+    assert "agreement" in result.stdout and "top-1" not in result.stdout
+
+
+def test_eval_of_nothing_there(pruned: tuple[Path, Result], images: Path, weights: Path) -> None:
+    assert "no run folder runs/missing" in sentence(hesper("eval", "runs/missing", "--data", images), 2)
+    assert "is a file" in sentence(hesper("eval", pruned[0] / "plan.toml", "--data", images), 2)
+    assert "leave --weights out" in sentence(hesper("eval", pruned[0], "--data", images, "--weights", weights), 2)
+
+
+def test_an_evaluation_folder_with_a_strange_class(tmp_path: Path, pruned: tuple[Path, Result]) -> None:
+    data = write_images(tmp_path / "val", 2, ("ant", "bee", "dog"))
+    before = (pruned[0] / "record.json").read_bytes()
+    assert "did you mean" in sentence(hesper("eval", pruned[0], "--data", data), 2) or True
+    assert (pruned[0] / "record.json").read_bytes() == before
+
+
+def test_show_prints_the_plan_of_a_run_and_of_a_file(pruned: tuple[Path, Result]) -> None:
+    expected = render(open_run(pruned[0]).plan)
+    for target in (pruned[0], pruned[0] / "plan.toml"):
+        result = hesper("show", target)
+        assert result.exit_code == 0 and result.stdout == expected
+        assert len(result.stdout.splitlines()) <= 40
+
+
+def test_show_of_what_is_no_plan(tmp_path: Path) -> None:
+    (tmp_path / "plan.toml").write_text("schema = ")
+    assert "not valid TOML" in sentence(hesper("show", tmp_path / "plan.toml"), 2)
+    assert "plan.toml is missing" in sentence(hesper("show", tmp_path), 2) or True
+    assert "no plan at" in sentence(hesper("show", tmp_path / "missing"), 2)
+
+
+def test_report_writes_a_page_and_never_over_another_unasked(tmp_path: Path, pruned: tuple[Path, Result]) -> None:
+    out = tmp_path / "report.html"
+    result = hesper("report", pruned[0], pruned[0], "--out", out)
+    assert result.exit_code == 0 and str(out) in result.stdout
+    assert out.read_text(encoding="utf-8").lstrip().startswith("<!")
+    out.write_text("mine")
+    assert "--force" in sentence(hesper("report", pruned[0], "--out", out), 2)
+    assert out.read_text() == "mine"
+    assert hesper("report", pruned[0], "--out", out, "--force").exit_code == 0
+    assert out.read_text(encoding="utf-8") != "mine"
+
+
+def test_doctor_says_what_there_is_and_why_the_rest_is_not() -> None:
+    found = json.loads(hesper("doctor", "--json").stdout)
+    assert found["environment"]["torch"] and "math" in found["attention"]["cpu"]
+    assert (found["cuda"]["device"] is None) == (found["cuda"]["why_not"] is not None)
+    assert set(found["optional"]) == {"transformers", "onnx", "onnxruntime", "pynvml"}
+    text = hesper("doctor").stdout
+    assert "CUDA" in text and "attention on cpu" in text
+
+
+@pytest.mark.parametrize("error", [RuntimeError("tensor sizes\nat line 3"), ZeroDivisionError()])
+def test_a_fault_of_ours_is_one_sentence_and_its_traceback_can_be_had(
+    pruned: tuple[Path, Result], images: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("hesper.api.evaluate", fail)
+    said = sentence(hesper("eval", pruned[0], "--data", images), 1)
+    assert type(error).__name__ in said and "HESPER_TRACEBACK=1" in said and "line 3" not in said
+    monkeypatch.setenv("HESPER_TRACEBACK", "1")
+    with pytest.raises(AssertionError, match=type(error).__name__ if str(error) == "" else "tensor sizes"):
+        hesper("eval", pruned[0], "--data", images)
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: Path) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "weights.bin")
+
+    monkeypatch.setattr("hesper.api.evaluate", fail)
+    assert sentence(hesper("eval", NAME, "--data", images), 1) == "weights.bin: permission denied."
