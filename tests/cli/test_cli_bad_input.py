@@ -78,7 +78,7 @@ def test_a_missing_evaluation_folder_is_found_before_the_work(ask: Ask, tmp_path
 def test_a_class_folder_that_the_map_does_not_name(ask: Ask, tmp_path: Path) -> None:
     (tmp_path / "map.txt").write_text("ant\nbee\nkat\n")
     said = sentence(ask("--macs", 0.9, "--criterion", "ce", "--class-map", tmp_path / "map.txt"), 2)
-    assert "'cat'" in said and "did you mean 'kat'?" in said
+    assert "'cat'" in said and "did you mean 'kat'" in said
 
 
 def test_labels_out_of_range(ask: Ask, tmp_path: Path) -> None:

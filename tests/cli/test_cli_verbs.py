@@ -5,27 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from click.testing import Result
+from click.testing import CliRunner, Result
 
 from cli_helpers import NAME, hesper, sentence, write_images
 from hesper.cli import main
 from hesper.plan.show import render
 from hesper.runs import open_run
 
-CONTRACT = [
-    "n",
-    "top1",
-    "top5",
-    "loss",
-    "dense_top1",
-    "agreement",
-    "drift_kl",
-    "macs_mean",
-    "macs_min",
-    "macs_max",
-    "macs_dense",
-    "seconds",
-]  # the keys others read
+LABELLED = ["top1", "top5", "loss", "dense_top1"]
+CONTRACT = ["n", *LABELLED, "agreement", "drift_kl", "macs_mean", "macs_min", "macs_max", "macs_dense", "seconds"]
 
 
 @pytest.mark.parametrize("verb", sorted(main.commands))
@@ -88,7 +76,9 @@ def test_eval_of_nothing_there(pruned: tuple[Path, Result], images: Path, weight
 def test_an_evaluation_folder_with_a_strange_class(tmp_path: Path, pruned: tuple[Path, Result]) -> None:
     data = write_images(tmp_path / "val", 2, ("ant", "bee", "dog"))
     before = (pruned[0] / "record.json").read_bytes()
-    assert "did you mean" in sentence(hesper("eval", pruned[0], "--data", data), 2) or True
+    (tmp_path / "map.txt").write_text("ant\nbee\ncat\n")
+    said = sentence(hesper("eval", pruned[0], "--data", data, "--class-map", tmp_path / "map.txt"), 2)
+    assert "'dog' that the class map does not name" in said
     assert (pruned[0] / "record.json").read_bytes() == before
 
 
@@ -103,7 +93,7 @@ def test_show_prints_the_plan_of_a_run_and_of_a_file(pruned: tuple[Path, Result]
 def test_show_of_what_is_no_plan(tmp_path: Path) -> None:
     (tmp_path / "plan.toml").write_text("schema = ")
     assert "not valid TOML" in sentence(hesper("show", tmp_path / "plan.toml"), 2)
-    assert "plan.toml is missing" in sentence(hesper("show", tmp_path), 2) or True
+    assert "is missing" in sentence(hesper("show", tmp_path), 2)
     assert "no plan at" in sentence(hesper("show", tmp_path / "missing"), 2)
 
 
@@ -139,8 +129,7 @@ def test_a_fault_of_ours_is_one_sentence_and_its_traceback_can_be_had(
     said = sentence(hesper("eval", pruned[0], "--data", images), 1)
     assert type(error).__name__ in said and "HESPER_TRACEBACK=1" in said and "line 3" not in said
     monkeypatch.setenv("HESPER_TRACEBACK", "1")
-    with pytest.raises(AssertionError, match=type(error).__name__ if str(error) == "" else "tensor sizes"):
-        hesper("eval", pruned[0], "--data", images)
+    assert CliRunner().invoke(main, ["eval", str(pruned[0]), "--data", str(images)]).exception is error
 
 
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: Path) -> None:

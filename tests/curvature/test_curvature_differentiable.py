@@ -26,7 +26,7 @@ def test_attention_settings_return_also_after_an_exception(fast_path: bool) -> N
     torch.backends.mha.set_fastpath_enabled(fast_path)
     try:
         before = settings_now()
-        with pytest.raises(RuntimeError, match="inside"), torch.no_grad(), twice_differentiable():  # noqa: PT012
+        with pytest.raises(RuntimeError, match="inside"), torch.no_grad(), twice_differentiable():
             assert settings_now() == (False, False, True, False, False, True)
             with twice_differentiable():
                 assert settings_now() == (False, False, True, False, False, True)

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hesper.cost import head_macs
 from hesper.errors import JobError, UsageError
 from hesper.heart.budget import check_budget, choose
 from hesper.heart.family import Family, affordable_heads, alternate_blocks, every_block
 from hesper.heart.fit import Atlas
 from hesper.measure.evaluate import Evaluation
-from hesper.measure.macs import head_macs
 from hesper.plan import Anatomy, Budget, empty_plan
 
 TINY = Anatomy(12, 192, 3, 64, 768, 197, 1, 1000, 768, (224, 224), (14, 14), False)

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from vits import cuts_of, pictures, plan_for, tables, vit
 
 from hesper.curvature import ImageBatch
 from hesper.graft import graft
 from hesper.heart.calibrate import calibration, mean_removed
+from vits import cuts_of, pictures, plan_for, tables, vit
 
 DIALS = {"merge": 30.0, "drop": 2.0}
 
@@ -35,7 +35,7 @@ def test_fixed_counts_follow_the_mean_of_the_adaptive_plan(combine):
 
 @pytest.mark.parametrize("combine", ["merge", "drop"])
 def test_symmetric_counts_take_the_same_share_of_what_is_left(combine):
-    model, plan, _, shape = setting(combine, "fixed", "symmetric")
+    _, plan, _, shape = setting(combine, "fixed", "symmetric")
     left, shares = 12, []
     for cut in shape(plan):
         shares.append(cut.remove / left)

@@ -4,15 +4,14 @@ import itertools
 
 import pytest
 import torch
-from oracles import dense_hessian
-from vits import tiny_batch, tiny_host
 
 from hesper.curvature import CrossEntropy, DenseKL, ImageBatch, gradient
 from hesper.errors import UsageError
 from hesper.heart.criteria import Criterion, sensitivity, stream_curvature
 from hesper.heart.gated import HEAD_GATES, HEAD_SHIFTS, TOKEN_GATES, TOKEN_SHIFTS, gated_forward
 from hesper.heart.lenses import gated_lens
-
+from oracles import dense_hessian
+from vits import tiny_batch, tiny_host
 
 COPIES = 100
 

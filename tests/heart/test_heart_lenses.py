@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from oracles import dense_hessian
-from vits import tiny_batch, tiny_host
 
 from hesper.curvature import CrossEntropy, DenseKL, GaussNewton, Hessian, fisher_diagonal_exact, gradient, weight_lens
 from hesper.curvature.points import flatten, random_normal
 from hesper.heart.gated import HEAD_GATES, HEAD_SHIFTS, TOKEN_GATES, TOKEN_SHIFTS
 from hesper.heart.lenses import gated_lens
+from oracles import dense_hessian
+from vits import tiny_batch, tiny_host
+
 KINDS = (TOKEN_GATES, HEAD_GATES, TOKEN_SHIFTS, HEAD_SHIFTS)
 
 

@@ -6,8 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import dense_hessian
-from vits import cuts_of, pictures, plan_for, tables, tiny_batch, tiny_host, vit
 
 from hesper.curvature import CrossEntropy, DenseKL, ImageBatch, gradient
 from hesper.graft import graft
@@ -18,6 +16,8 @@ from hesper.heart.price import group_mean, plan_price, plan_step
 from hesper.heart.ridge import Ridge
 from hesper.hosts import open_host
 from hesper.plan import HeadCut
+from oracles import dense_hessian
+from vits import cuts_of, pictures, plan_for, tables, tiny_batch, tiny_host, vit
 
 
 def positive(width, seed):

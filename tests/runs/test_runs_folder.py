@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from strategies import EXAMPLE_PLAN
 
 from hesper.errors import JobError, UsageError
 from hesper.plan import dumps, plan_hash
 from hesper.runs import MODEL, PLAN, RECORD, Entry, append, new_run, open_run, seal, sha256_file, write_text
+from strategies import EXAMPLE_PLAN
 
 
 def fill(folder: Path) -> None:

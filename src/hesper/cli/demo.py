@@ -29,7 +29,7 @@ def demo(out: Path, seed: int, json_: bool) -> None:
     if out.exists():
         raise UsageError(f"{out} exists already; choose another folder with --out, such as --out {out}-2, or remove it.")
     with Stages() as stages:
-        stages("Write the digits", 0, 0)
+        stages("Get ready", 0, 0)
         from hesper.demo import tell
 
         story = tell(out, seed=seed, progress=stages)

@@ -44,7 +44,8 @@ class Failure(click.ClickException):
     def tell(self) -> int:
         """Print the sentence; gives the exit code."""
         sentence = " ".join(self.format_message().split())
-        click.echo(f"hesper: {sentence}{'' if sentence.endswith(('.', '?', '!')) else '.'}", file=sys.stderr)
+        after_keys = "\n" if sys.stderr.isatty() and "interrupted" in sentence else ""  # the terminal has just shown ^C
+        click.echo(f"{after_keys}hesper: {sentence}{'' if sentence.endswith(('.', '?', '!')) else '.'}", file=sys.stderr)
         return self.code
 
 

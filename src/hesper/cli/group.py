@@ -22,6 +22,8 @@ from hesper.registry import did_you_mean
 
 __all__ = ["main"]
 
+INTERRUPTED = "interrupted; nothing was written"
+
 
 class Verbs(click.Group):
     """A group whose every failure is one sentence on stderr and an exit code: 1 the job failed, 2 wrong usage or input."""
@@ -32,8 +34,8 @@ class Verbs(click.Group):
         with interruptible():
             try:
                 code = super().main(args, prog_name or "hesper", standalone_mode=False, **extra)
-            except click.Abort:
-                code = Failure("interrupted; nothing was written").tell()
+            except click.Abort:  # interrupted before or after the verb
+                code = Failure(INTERRUPTED).tell()
             except Failure as error:
                 code = error.tell()
             except click.UsageError as error:
@@ -46,6 +48,8 @@ class Verbs(click.Group):
         """Run a verb, its exceptions turned into sentences."""
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as error:  # click would print an empty line
+            raise Failure(INTERRUPTED) from error
         except Exception as error:
             if os.environ.get(TRACEBACK) and not isinstance(error, (click.ClickException, click.exceptions.Exit)):
                 raise

@@ -25,7 +25,7 @@ from hesper.runs import RECORD, REPORT, Entry, append, environment, new_folder, 
 
 __all__ = ["Story", "tell"]
 
-LOSS_BUDGET = 0.05
+LOSS_BUDGET = 0.02
 EPOCHS = 12
 BATCH, ROUNDS, WARMUP = 32, 40, 5
 WEIGHTS, DATA, RUN = "digits_vit.safetensors", "data", "run"

@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from hesper.cost import Counts
 from hesper.graft.layout import Layout
 from hesper.graft.tokens import INFINITY, cheapest, similarity_prices, ward_prices
-from hesper.measure.macs import Counts
 from hesper.plan import TokenCut
 
 LARGEST_LOG_CURVATURE = 6.0

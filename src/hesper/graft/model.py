@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hesper.cost import Counts, dense_macs, model_macs
 from hesper.errors import UsageError
 from hesper.graft.attention import attend, attend_readers, reader_attention
 from hesper.graft.deciders import Decider, State
 from hesper.graft.layout import Layout
 from hesper.graft.stream import Stream
 from hesper.hosts.base import Host, HostBlock
-from hesper.measure.macs import Counts, dense_macs, model_macs
 from hesper.plan import Plan
 
 

@@ -8,8 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from hesper.cost import head_macs, token_macs
 from hesper.heart.fit import Atlas
-from hesper.measure.macs import head_macs, token_macs
 from hesper.plan import Anatomy, Combine, HeadCut, Plan, TokenCut
 
 Counts = Literal["adaptive", "fixed"]

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hesper.cost import block_macs, dense_macs, fixed_macs, head_macs, model_macs
 from hesper.graft import GraftedViT, Outcome, graft
 from hesper.hosts import open_host
-from hesper.measure.macs import block_macs, dense_macs, fixed_macs, head_macs, model_macs
 from hesper.plan import Anatomy, Combine, HeadCut
 from vits import KINDS, RANK, cuts_of, pictures, plan_for, tables, vit
 

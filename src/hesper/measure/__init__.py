@@ -1,0 +1,1 @@
+"""Measuring: paired evaluation, timing in turns, and what a sample lets one promise."""

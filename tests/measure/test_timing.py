@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from hesper.errors import UsageError
+from hesper.measure.timing import compare
+
+
+class Bench:
+    """Two jobs on a clock of their own, with what each run takes."""
+
+    def __init__(self, a: Callable[[int], float], b: Callable[[int], float]) -> None:
+        self.now, self.calls = 0.0, ""
+        self.a, self.b = self._job("a", a), self._job("b", b)
+
+    def _job(self, name: str, takes: Callable[[int], float]) -> Callable[[], None]:
+        def run() -> None:
+            self.now += takes(self.calls.count(name))
+            self.calls += name
+
+        return run
+
+    def clock(self) -> float:
+        return self.now
+
+
+def test_times_are_those_of_the_clock_without_warm_up_and_in_turns() -> None:
+    bench = Bench(lambda n: 8.0 + n, lambda n: 2.0 + n)
+    found = compare(bench.a, bench.b, rounds=4, warmup=2, clock=bench.clock)
+    assert bench.calls == "abab" + "ab" + "ba" + "ab" + "ba"
+    assert found.a == (10.0, 11.0, 12.0, 13.0) and found.b == (4.0, 5.0, 6.0, 7.0)
+    assert found.seconds == (11.5, 5.5) and found.ratio == 11.5 / 5.5
+
+
+def test_a_ratio_that_never_changes_is_certain_however_the_machine_drifts() -> None:
+    bench = Bench(lambda n: 3.0 * 2.0**n, lambda n: 2.0**n)
+    found = compare(bench.a, bench.b, rounds=9, warmup=0, clock=bench.clock)
+    assert (found.ratio, found.low, found.high) == pytest.approx((3, 3, 3))
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    covered = 0
+    for seed in range(200):
+        bench = Bench(lambda n: float(generator.lognormal(0.0, 0.2)) * 2, lambda n: float(generator.lognormal(0.0, 0.2)))
+        found = compare(bench.a, bench.b, rounds=25, warmup=0, clock=bench.clock, seed=seed)
+        covered += found.low <= 2 <= found.high
+    assert 0.88 <= covered / 200 <= 1.0
+
+
+def test_the_seed_decides_the_interval_and_nothing_else() -> None:
+    def run(seed: int) -> object:
+        noise = np.random.default_rng(1)
+        bench = Bench(lambda n: 1 + float(noise.random()), lambda n: 1 + float(noise.random()))
+        return compare(bench.a, bench.b, rounds=12, warmup=1, clock=bench.clock, seed=seed)
+
+    assert run(0) == run(0) and run(0) != run(1)
+
+
+def test_every_look_at_the_clock_waits_for_the_device() -> None:
+    events: list[str] = []
+
+    def clock() -> float:
+        events.append("clock")
+        return float(len(events))
+
+    compare(
+        lambda: events.append("a"), lambda: events.append("b"), rounds=3, warmup=0, synchronise=lambda: events.append("wait"), clock=clock
+    )
+    turn = ["wait", "clock", "{}", "wait", "clock"]
+    assert events == [word.format(job) for job in "abbaab" for word in turn]
+
+
+def test_progress_counts_rounds() -> None:
+    seen: list[int] = []
+    compare(lambda: None, lambda: sum(range(100)), rounds=3, warmup=0, progress=seen.append)
+    assert seen == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("rounds", "warmup"), [(2, 0), (3, -1)])
+def test_too_few_rounds_are_refused(rounds: int, warmup: int) -> None:
+    with pytest.raises(UsageError, match="at least 3 rounds"):
+        compare(lambda: None, lambda: None, rounds=rounds, warmup=warmup)

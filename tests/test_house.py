@@ -1,0 +1,89 @@
+"""The rules of the house that a machine can check: import directions, tests that assert, short files, nothing of one machine."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "hesper"
+# Each room may import from rooms of its own rank or lower, never from higher ones.
+RANKS = [
+    {"errors"},
+    {"registry", "device"},
+    {"plan"},
+    {"cost", "data", "runs", "curvature"},
+    {"hosts"},
+    {"graft"},
+    {"measure"},
+    {"heart"},
+    {"api"},
+    {"report"},
+    {"demo"},
+    {"cli"},
+]
+RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
+FILES = sorted(SOURCE.rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+
+
+def room_of(path):
+    part = path.relative_to(SOURCE).parts[0]
+    return part.removesuffix(".py")
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("hesper."):
+            yield node.module.split(".")[1]
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("hesper."))
+
+
+ROOMS = [f for f in FILES if f != SOURCE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda f: str(f.relative_to(SOURCE)))
+def test_imports_point_one_way(path):
+    own = room_of(path)
+    assert own in RANK, f"{own} has no rank yet; give it one"
+    for other in imports(path):
+        assert other == own or RANK[other] <= RANK[own], f"{own} imports {other}"
+        assert other == own or RANK[other] < RANK[own] or {own, other} <= {"runs", "data", "cost", "curvature"}
+
+
+def test_only_hosts_know_a_model_library():
+    # The demo writes a model of its own, the doctor reports versions; nobody else names timm's modules.
+    named = {room_of(f) for f in FILES if re.search(r"^\s*(import|from) timm", f.read_text(), re.M)}
+    assert named <= {"hosts", "demo", "cli"}
+
+
+def test_the_words_are_free_of_torch():
+    for room in ("plan", "runs"):
+        for path in (SOURCE / room).rglob("*.py"):
+            assert not re.search(r"^(import|from) torch", path.read_text(), re.M), path
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda f: f.name)
+def test_every_test_asserts_something(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
+            text = ast.unparse(node)
+            assert re.search(r"\bassert\b|assert_close|raises\(|warns\(|refused?\(|check", text), f"{path.name}:{node.name} asserts nothing"
+
+
+def test_files_and_functions_stay_short():
+    for path in FILES:
+        text = path.read_text()
+        assert text.count("\n") <= 420, f"{path} is too long"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                length = (node.end_lineno or 0) - node.body[0].lineno + 1
+                assert length <= 60, f"{path.name}:{node.name} has {length} lines"
+
+
+def test_nothing_speaks_of_one_machine():
+    for path in [*FILES, *TESTS, *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*")]:
+        if path.is_file():
+            assert str(ROOT.parent) + "/" not in path.read_text(), path
