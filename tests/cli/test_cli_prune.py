@@ -27,6 +27,9 @@ def test_prune_writes_a_whole_run_and_shows_the_plan(pruned: tuple[Path, Result]
     assert str(out) in result.stdout and str(out / "report.html") in result.stdout
     assert run.plan.measured is not None and run.plan.measured.macs.mean <= 0.9
     assert [path.name for path in out.parent.iterdir()] == ["run"]
+    (out.parent / "plain").touch()
+    assert {path.stat().st_mode for path in out.iterdir()} == {(out.parent / "plain").stat().st_mode}
+    (out.parent / "plain").unlink()
 
 
 def test_the_record_says_what_was_asked_and_holds_the_evaluation(pruned: tuple[Path, Result]) -> None:

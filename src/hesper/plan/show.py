@@ -86,8 +86,8 @@ def _table(plan: Plan, room: int) -> list[str]:
     for block in range(plan.model.anatomy.depth):
         cut = tokens.get(block)
         bar = "" if cut is None else "#" * round(_BAR * _size(cut) / (largest[_kind(cut)] or 1.0))
-        rows.append((str(block), f"{_tokens(cut):<24}{_heads(heads.get(block), plan):<26}{bar}".rstrip()))
-    note = f"{'block':>7}  {'tokens':<24}{'heads removed':<26}cut, largest = {_BAR} #"
+        rows.append((str(block), f"{_tokens(cut):<25}{_heads(heads.get(block), plan):<26}{bar}".rstrip()))
+    note = f"{'block':>7}  {'tokens':<25}{'heads removed':<26}cut, largest = {_BAR} #"
     if plan.skip_unread:
         return [note, *_rows(rows, room - 1), "         the last block computes only the tokens the classifier reads"]
     return [note, *_rows(rows, room)]

@@ -68,7 +68,9 @@ def tokens_chart(mean: Sequence[float], low: Sequence[float], high: Sequence[flo
     return chart("Tokens left after each block", WIDTH, HEIGHT, body)
 
 
-def head_map(values: Sequence[Sequence[float]], stderr: Sequence[Sequence[float]], removed: Collection[tuple[int, int]], scale: Colours) -> str:
+def head_map(
+    values: Sequence[Sequence[float]], stderr: Sequence[Sequence[float]], removed: Collection[tuple[int, int]], scale: Colours
+) -> str:
     """Price of every head, blocks along x and heads along y; crosses on those that were removed."""
     depth, heads = len(values), max(len(row) for row in values)
     x = _blocks(depth)
@@ -87,7 +89,9 @@ def head_map(values: Sequence[Sequence[float]], stderr: Sequence[Sequence[float]
             out = (block, head) in removed
             text = tip(f"block {block}, head {head}: {plus_minus(price, error)} nats{', removed' if out else ''}")
             left, top = x.at(block) - wide / 2, TOP + tall * head
-            body.append(element("rect", text, x=left + 0.75, y=top + 0.75, width=wide - 1.5, height=tall - 1.5, rx=1.5, fill=scale.of(price)))
+            body.append(
+                element("rect", text, x=left + 0.75, y=top + 0.75, width=wide - 1.5, height=tall - 1.5, rx=1.5, fill=scale.of(price))
+            )
             if out:
                 body.append(_cross(x.at(block), top + tall / 2, min(wide, tall) * 0.24))
     return chart("Price of removing each head, by block", WIDTH, height, body)
@@ -171,7 +175,9 @@ def histogram(shares: Sequence[float], mean: float) -> str:
             low, high = (x.low + (x.high - x.low) * (index + end) / bins for end in (0, 1))
             text = tip(f"{count} image{'s' if count > 1 else ''} at {percent(low)} to {percent(high)}")
             top = y.at(count)
-            body.append(element("rect", text, x=x.start + wide * index + 0.75, y=top, width=wide - 1.5, height=y.start - top, class_="bar s0"))
+            body.append(
+                element("rect", text, x=x.start + wide * index + 0.75, y=top, width=wide - 1.5, height=y.start - top, class_="bar s0")
+            )
     body.append(element("line", x1=x.at(mean), x2=x.at(mean), y1=y.start, y2=TOP, class_="limit"))
     body.append(label(x.at(mean), TOP - 4, f"mean {percent(mean)}", _side(x, mean), "warm"))
     return chart("Kept MACs per image", WIDTH, HEIGHT, body)
@@ -271,7 +277,8 @@ def _best_line(x: Axis, y: Axis, points: Sequence[tuple[float, float]], index: i
 def _dots(x: Axis, y: Axis, points: Sequence[tuple[float, float, str]], index: int, name: str) -> list[str]:
     lead = f"{name}: " if name else ""
     return [
-        element("circle", tip(lead + text), cx=x.at(macs), cy=y.at(value), r=3.2, class_=f"dot s{index % 6}") for macs, value, text in points
+        element("circle", tip(lead + text), cx=x.at(macs), cy=y.at(value), r=3.2, class_=f"dot s{index % 6}")
+        for macs, value, text in points
     ]
 
 

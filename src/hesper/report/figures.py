@@ -100,7 +100,9 @@ def printable(text: str) -> str:
     >>> printable("a" + chr(0) + "b" + chr(0xdc80))
     'a�b�'
     """
-    return "".join(c if c in "\n\t" or ((c.isprintable() or c.isspace()) and not _forbidden(c)) else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(
+        c if c in "\n\t" or ((c.isprintable() or c.isspace()) and not _forbidden(c)) else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
 
 
 def _forbidden(character: str) -> bool:

@@ -140,7 +140,9 @@ def _patch_maps(facts: RunFacts) -> list[str]:
     if scale is None or facts.token_prices is None:
         return []
     return [
-        charts.patch_map(row, grid, scale, f"Price of each patch in block {block}, on average {figures.significant(sum(row) / len(row))} nats")
+        charts.patch_map(
+            row, grid, scale, f"Price of each patch in block {block}, on average {figures.significant(sum(row) / len(row))} nats"
+        )
         for block, row in enumerate(facts.token_prices)
     ]
 
@@ -155,7 +157,9 @@ def _series(facts: RunFacts) -> Series:
 
 
 def _where(outcome: Outcome) -> str:
-    return f"{outcome.n} {'images' if outcome.kind == 'eval' else ''} {'of ' if outcome.kind == 'eval' else ''}{outcome.data}".replace("  ", " ")
+    return f"{outcome.n} {'images' if outcome.kind == 'eval' else ''} {'of ' if outcome.kind == 'eval' else ''}{outcome.data}".replace(
+        "  ", " "
+    )
 
 
 def _joint(runs: Sequence[RunFacts]) -> dict[str, Markup] | None:

@@ -121,6 +121,7 @@ def _make_folder(partial: Path) -> None:
 def _finish(partial: Path, target: Path) -> None:
     for file in partial.iterdir():
         if file.is_file():
+            file.chmod(partial.stat().st_mode & 0o666)  # safetensors writes files for their owner alone
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
     if os.path.lexists(target):  # rename would silently take the place of an empty folder made meanwhile
