@@ -12,7 +12,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from hesper.data import ImageSet, Skipped, batches, check_labels, open_folder, read_class_map
+from hesper.data import ImageSet, Skipped, batches, check_labels, class_folders, open_folder, read_class_map
 from hesper.device import use_device
 from hesper.errors import UsageError
 from hesper.graft import GraftedViT, graft
@@ -193,6 +193,9 @@ def _images(
             f"{folder} has {len(images.classes)} class folders and the model {wanted} classes, so folders alone do not say which label "
             "each has; give --class-map, a text file with the model's class names in order, one a line."
         )
+    if not labelled and names is None and len(folders := class_folders(Path(folder))) == wanted:
+        # Not needed now, but an evaluation on another folder can then tell which class is which.
+        images = dataclasses.replace(images, classes=folders)
     check_labels(images, wanted)
     return images
 

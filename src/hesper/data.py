@@ -30,6 +30,7 @@ __all__ = [
     "Transform",
     "batches",
     "check_labels",
+    "class_folders",
     "open_folder",
     "read_class_map",
     "split",
@@ -96,7 +97,7 @@ def open_folder(path: str | Path, *, transform: Transform, class_map: Sequence[s
     files, skipped = _candidates(root, labelled)
     if not files:
         raise UsageError(f"{root} holds no images; give a folder of JPEG or PNG files, or of class folders with such files")
-    classes = tuple(class_map) if class_map is not None else _class_folders(root) if labelled else ()
+    classes = tuple(class_map) if class_map is not None else class_folders(root) if labelled else ()
     label_of = {name: label for label, name in enumerate(classes)}
     if labelled:
         for folder in dict.fromkeys(_class_of(name) for name in files):
@@ -275,7 +276,8 @@ def _is_clutter(name: str) -> bool:
     return name.startswith(".") or name.lower() in _CLUTTER
 
 
-def _class_folders(root: Path) -> tuple[str, ...]:
+def class_folders(root: Path) -> tuple[str, ...]:
+    """Names of the folders under ``root``, sorted: the classes, where no class map says otherwise."""
     return tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not _is_clutter(entry.name)))
 
 

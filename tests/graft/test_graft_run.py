@@ -92,9 +92,10 @@ def by_hand(model: Any, image: Tensor, decide: Any) -> tuple[Tensor, list[list[i
     return logits_by_hand(model, stream, torch.tensor([max(len(c), 1) for c in clusters], dtype=stream.dtype)), clusters[prefix:]
 
 
-def fates_of(decision: Decision, image: int) -> dict[int, int | None]:
-    places = decision.gone[image].nonzero()[:, 0].tolist()
-    return {place: None if decision.into is None else int(decision.into[image, place]) for place in places}
+def fates_of(state: State, decision: Decision, image: int) -> dict[int, int | None]:
+    first, last = state.layout.bounds[image] + state.layout.prefix, state.layout.bounds[image + 1]
+    into = [None] * len(decision.gone) if decision.into is None else (decision.into - first).tolist()
+    return {row - first: to for row, to in zip(decision.gone.tolist(), into, strict=True) if first <= row < last}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -131,7 +132,7 @@ def test_what_is_decided_is_done(kind: str, criterion: str, combine: Any, adapti
     elif not adaptive:
         assert (outcome.traffic.fed[:, :3] == model.plan.model.anatomy.tokens - 3 * np.arange(1, 4)).all()
     for image in range(5):
-        decisions = {block: fates_of(decision, image) for block, (_, decision) in enumerate(watch.seen)}
+        decisions = {block: fates_of(state, decision, image) for block, (state, decision) in enumerate(watch.seen)}
         logits, clusters = by_hand(model.network, images[image], decisions.get)
         torch.testing.assert_close(outcome.logits[image], logits, rtol=1e-9, atol=1e-9)
         found = outcome.sources[-1][image].tolist()

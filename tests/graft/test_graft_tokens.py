@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hesper.graft.layout import Layout
-from hesper.graft.tokens import cheapest, similarity_prices, squared_distances, ward_prices
+from hesper.graft.tokens import alternate_distances, cheapest, similarity_prices, ward_prices
 
 INF = float("inf")
 
@@ -27,7 +27,7 @@ def sets(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, lis
 def test_ward_prices_are_the_displacements_both_sides_suffer(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]) -> None:
     points, size, weight, counts = case
     valid = torch.arange(points.shape[1])[None] < torch.tensor(counts)[:, None]
-    price, to = ward_prices(points, size, weight, valid)
+    price, to = ward_prices(points, size, weight, ~valid)
     for image, count in enumerate(counts):
         for place, source in enumerate(range(1, points.shape[1], 2)):
             if source >= count:
@@ -47,7 +47,7 @@ def test_ward_prices_are_the_displacements_both_sides_suffer(case: tuple[torch.T
 def test_similarity_prices_are_one_minus_the_best_cosine(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]) -> None:
     points, _, _, counts = case
     valid = torch.arange(points.shape[1])[None] < torch.tensor(counts)[:, None]
-    price, to = similarity_prices(points, valid)
+    price, to = similarity_prices(points, ~valid)
     for image, count in enumerate(counts):
         for place, source in enumerate(range(1, points.shape[1], 2)):
             x, others = points[image, source], points[image, :count:2]
@@ -59,17 +59,16 @@ def test_similarity_prices_are_one_minus_the_best_cosine(case: tuple[torch.Tenso
 
 def test_prices_are_padding_blind() -> None:
     points, size, weight = torch.randn(1, 7, 3), torch.ones(1, 7), torch.ones(1, 7)
-    alone = ward_prices(points, size, weight, torch.ones(1, 7, dtype=torch.bool))
+    alone = ward_prices(points, size, weight, torch.zeros(1, 7, dtype=torch.bool))
     junk = torch.cat([points, points[:, -1:].expand(1, 4, 3)], 1)
     more = torch.ones(1, 11)
-    padded = ward_prices(junk, more, more, torch.arange(11)[None] < 7)
+    padded = ward_prices(junk, more, more, torch.arange(11)[None] >= 7)
     assert torch.equal(padded[0][:, :3], alone[0]) and torch.equal(padded[1][:, :3], alone[1])
     assert padded[0][:, 3:].eq(INF).all()
 
 
 def test_distances_are_never_negative() -> None:
-    x = torch.full((1, 4, 8), 1000.1)
-    assert squared_distances(x, x).ge(0).all()
+    assert alternate_distances(torch.full((1, 8, 8), 1000.1)).ge(0).all()
 
 
 @given(st.lists(st.integers(0, 3).map(float), min_size=1, max_size=9), st.integers(0, 12))

@@ -38,10 +38,14 @@ class State:
 
 @dataclass(frozen=True)
 class Decision:
-    """What leaves: ``gone`` ``[images, most patches]`` bool; ``into`` the patch index each merges into, or None for drops."""
+    """What leaves: the rows ``gone`` ``[m]`` in ascending order, the row each merges ``into`` (None for drops), and how many are left.
+
+    ``left`` counts the tokens of every image that stay.
+    """
 
     gone: Tensor
     into: Tensor | None
+    left: tuple[int, ...]
 
 
 class Decider(Protocol):
@@ -81,7 +85,7 @@ class Router(nn.Module):
 
     def forward(self, state: State) -> Tensor:
         """The prediction for every row."""
-        return state.normed @ self.direction + state.attention @ self.attention + self.offset
+        return torch.addmv(torch.addmv(self.offset, state.normed, self.direction), state.attention, self.attention)
 
     @property
     def macs_per_token(self) -> int:
@@ -106,7 +110,7 @@ class CurvatureMerge(nn.Module):
         layout = state.layout
         log_weight = self.router(state).clamp(-LARGEST_LOG_CURVATURE, LARGEST_LOG_CURVATURE)
         points, size, weight = (layout.padded(t) for t in (state.stream @ self.root, state.size, (self.gamma * log_weight).exp()))
-        return ward_prices(points, size, weight, layout.valid)
+        return ward_prices(points, size, weight, layout.gaps)
 
     def forward(self, state: State) -> Decision:
         """The decision for a batch."""
@@ -129,7 +133,7 @@ class KeyMerge(nn.Module):
 
     def prices(self, state: State) -> tuple[Tensor, Tensor]:
         """One minus the cosine of each source ``[images, sources]`` to the patch it would merge into, and that patch."""
-        return similarity_prices(state.layout.padded(state.key.mean(1)), state.layout.valid)
+        return similarity_prices(state.layout.padded(state.key.mean(1)), state.layout.gaps)
 
     def forward(self, state: State) -> Decision:
         """The decision for a batch."""
@@ -210,10 +214,10 @@ class ScoredCut(nn.Module):
         gone = cheapest(price, threshold=self.cut.threshold, remove=self.cut.remove) & layout.valid
         gone = _leave_one(gone, price, layout)
         if self.cut.combine == "drop":
-            return Decision(gone, None)
+            return _decision(gone, None, layout)
         keys = nn.functional.normalize(layout.padded(state.key.mean(1)), dim=-1)
         likeness = keys @ keys.transpose(-2, -1)
-        return Decision(gone, likeness.masked_fill((gone | ~layout.valid)[:, None], -INFINITY).argmax(-1))
+        return _decision(gone, likeness.masked_fill((gone | ~layout.valid)[:, None], -INFINITY).argmax(-1), layout)
 
     def macs(self, tokens: Counts, prefix: int) -> Counts:
         """MACs spent on scores and, for merging, similarities of all patches to all."""
@@ -227,12 +231,21 @@ def _pairs(patches: Counts) -> Counts:
 
 
 def _bipartite(price: Tensor, to: Tensor, cut: TokenCut, layout: Layout) -> Decision:
-    """Spread a decision about the sources (odd patches) over all patches."""
-    gone = torch.zeros_like(layout.valid)
-    into = torch.zeros_like(layout.valid, dtype=torch.long)
-    gone[:, 1::2] = cheapest(price, threshold=cut.threshold, remove=cut.remove) & layout.valid[:, 1::2]
-    into[:, 1::2] = to
-    return Decision(gone, into)
+    """The decision of a matching whose sources are the odd patches."""
+    go = cheapest(price, threshold=cut.threshold, remove=cut.remove)
+    if layout.gaps is not None:
+        go &= layout.valid[:, 1::2]
+    return _decision(go, to, layout, first=1, step=2)
+
+
+def _decision(go: Tensor, to: Tensor | None, layout: Layout, first: int = 0, step: int = 1) -> Decision:
+    """From a mask over candidates ``[images, candidates]``, which are the patches ``first``, ``first + step``, ..., to rows."""
+    image, candidate = go.nonzero(as_tuple=True)
+    start = layout.first_patch.index_select(0, image)
+    gone = start + candidate * step + first
+    counts = [len(gone)] if len(go) == 1 else go.sum(1).tolist()
+    left = tuple(count - out for count, out in zip(layout.counts, counts, strict=True))
+    return Decision(gone, None if to is None else start + to[image, candidate], left)
 
 
 def _leave_one(gone: Tensor, price: Tensor, layout: Layout) -> Tensor:

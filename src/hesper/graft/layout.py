@@ -60,10 +60,19 @@ class Layout:
         return self._steps[None] < self.patches[:, None]
 
     @cached_property
+    def gaps(self) -> Tensor | None:
+        """Where the padded form holds no token, ``[images, most patches]``, or None where every place holds one."""
+        return None if self.rectangular else ~self.valid
+
+    @cached_property
+    def first_patch(self) -> Tensor:
+        """``[images]`` row of each image's first patch."""
+        return torch.tensor([first + self.prefix for first in self.bounds[:-1]], device=self.device)
+
+    @cached_property
     def index(self) -> Tensor:
         """``[images, most patches]`` row of each patch token; places past an image's end repeat its last row."""
-        first = torch.tensor(self.bounds[:-1], device=self.device) + self.prefix
-        return first[:, None] + torch.minimum(self._steps[None], (self.patches[:, None] - 1).clamp_min(0))
+        return self.first_patch[:, None] + torch.minimum(self._steps[None], (self.patches[:, None] - 1).clamp_min(0))
 
     @cached_property
     def image(self) -> Tensor:

@@ -40,34 +40,31 @@ class Stream:
     def carry_out(self, decision: Decision) -> None:
         """Take the decided tokens out; what is merged leaves its mass where it goes.
 
-        A destination d of total size T that receives sources s becomes x_d + sum_s size_s (x_s - x_d) / T, the size-weighted mean.
+        A destination never leaves itself. A destination d of total size T that receives sources s becomes x_d + sum_s size_s (x_s - x_d) / T, the size-weighted mean.
         """
-        layout, before, size = self.layout, self.rows, self.sizes()
-        gone = decision.gone.sum(1).tolist()
-        if not any(gone):
+        gone, into = decision.gone, decision.into
+        if not len(gone):
             return
-        gone_rows = layout.index[decision.gone]
-        stays = torch.ones(layout.rows, dtype=torch.bool, device=before.device)
-        stays[gone_rows] = False
-        keep = stays.nonzero()[:, 0]
-        place = stays.cumsum(0) - 1
-        into_rows = None if decision.into is None else layout.index.gather(1, decision.into)[decision.gone]
+        before, size = self.rows, self.sizes()
+        keep = torch.ones(len(before), dtype=torch.bool, device=before.device).index_fill_(0, gone, False).nonzero()[:, 0]
         self.rows = before.index_select(0, keep)
-        if into_rows is not None:
-            to, moved = place[into_rows], size[gone_rows]
+        if into is not None:
+            to, moved = into - torch.searchsorted(gone, into), size[gone]
             self.size = size[keep].index_add_(0, to, moved)
-            shift = before.index_select(0, gone_rows).sub_(before.index_select(0, into_rows))
+            shift = before.index_select(0, gone).sub_(before.index_select(0, into))
             self.rows.index_add_(0, to, shift.mul_((moved / self.size[to])[:, None]))
         elif self.size is not None:
             self.size = size[keep]
-        self.layout = layout.with_counts([count - out for count, out in zip(layout.counts, gone, strict=True)])
-        self._trace(place, gone_rows, into_rows)
+        self.layout = self.layout.with_counts(decision.left)
+        self._trace(len(before), keep, gone, into)
 
-    def _trace(self, place: Tensor, gone: Tensor, into: Tensor | None) -> None:
+    def _trace(self, rows: int, keep: Tensor, gone: Tensor, into: Tensor | None) -> None:
         if self.origin is None:
             return
-        target = place.clone()
-        target[gone] = -1 if into is None else place[into]
+        target = torch.full((rows,), -1, device=keep.device)
+        target[keep] = torch.arange(len(keep), device=keep.device)
+        if into is not None:
+            target[gone] = target[into]
         self.origin = torch.where(self.origin >= 0, target[self.origin.clamp_min(0)], -1)
 
     def patch_map(self, first: Layout) -> Tensor:

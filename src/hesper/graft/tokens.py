@@ -1,6 +1,6 @@
 """Pure arithmetic on token sets: price pairs, and select among them. Knows no host and no plan.
 
-Tensors are ``[images, tokens, ...]`` of patch tokens only; ``valid`` marks the tokens that exist, so that images
+Tensors are ``[images, tokens, ...]`` of patch tokens only; ``gaps`` marks places without a token, so that images
 with different counts can be decided together.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 INFINITY = float("inf")
 
 
-def ward_prices(points: Tensor, size: Tensor, weight: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def ward_prices(points: Tensor, size: Tensor, weight: Tensor, gaps: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Prices of merging each odd token into its cheapest even token, by Ward's linkage with token curvatures.
 
     With sizes s, curvatures w and displacement towards the size-weighted mean, a merge of i and j costs
@@ -27,7 +27,7 @@ def ward_prices(points: Tensor, size: Tensor, weight: Tensor, valid: Tensor) -> 
         points: ``[images, tokens, rank]``.
         size: ``[images, tokens]``, how many original tokens each stands for.
         weight: ``[images, tokens]``, token curvature relative to the metric.
-        valid: ``[images, tokens]`` bool.
+        gaps: ``[images, tokens]`` bool, where there is no token; None where there is one everywhere.
 
     Returns:
         Prices ``[images, sources]`` (infinite where source or every destination is missing) and the index of the
@@ -36,20 +36,19 @@ def ward_prices(points: Tensor, size: Tensor, weight: Tensor, valid: Tensor) -> 
     Example:
         >>> y = torch.tensor([[[0.0], [0.1], [9.0], [5.0]]])
         >>> one = torch.ones(1, 4)
-        >>> price, to = ward_prices(y, one, one, one > 0)
+        >>> price, to = ward_prices(y, one, one)
         >>> to.tolist()
         [[0, 2]]
     """
     # Dividing by sizes first leaves few passes over the pairs: |y_i - y_j|^2 (w_i / s_i + w_j / s_j) / (1 / s_i + 1 / s_j)^2.
     inverse = size.reciprocal()
     ratio = weight * inverse
-    cost = squared_distances(points[:, 1::2], points[:, ::2])
+    cost = alternate_distances(points)
     cost = cost.mul_(ratio[:, 1::2, None] + ratio[:, None, ::2]).div_((inverse[:, 1::2, None] + inverse[:, None, ::2]).square_())
-    price, to = cost.masked_fill_(~valid[:, None, ::2], INFINITY).min(-1)
-    return price.masked_fill(~valid[:, 1::2], INFINITY), to * 2
+    return _cheapest_destination(cost, gaps)
 
 
-def similarity_prices(points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def similarity_prices(points: Tensor, gaps: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """One minus the cosine of each odd token to its most similar even token (ToMe, arXiv 2210.09461, section 3.1).
 
     Returns:
@@ -57,20 +56,29 @@ def similarity_prices(points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
     Example:
         >>> y = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]])
-        >>> price, to = similarity_prices(y, torch.ones(1, 3, dtype=torch.bool))
+        >>> price, to = similarity_prices(y)
         >>> price.tolist(), to.tolist()
         ([[0.0]], [[2]])
     """
     unit = torch.nn.functional.normalize(points, dim=-1)
     cost = 1 - unit[:, 1::2] @ unit[:, ::2].transpose(-2, -1)
-    price, to = cost.masked_fill(~valid[:, None, ::2], INFINITY).min(-1)
-    return price.masked_fill(~valid[:, 1::2], INFINITY), to * 2
+    return _cheapest_destination(cost, gaps)
 
 
-def squared_distances(left: Tensor, right: Tensor) -> Tensor:
-    """Squared Euclidean distances ``[images, m, n]`` of rows, by one matrix product, never negative."""
-    norms = left.square().sum(-1)[:, :, None] + right.square().sum(-1)[:, None, :]
-    return torch.baddbmm(norms, left, right.transpose(-2, -1), alpha=-2).clamp_min_(0)
+def _cheapest_destination(cost: Tensor, gaps: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The least of ``[images, sources, destinations]`` along destinations, and the token it stands for; gaps cost infinitely much."""
+    if gaps is None:
+        price, to = cost.min(-1)
+        return price, to * 2
+    price, to = cost.masked_fill_(gaps[:, None, ::2], INFINITY).min(-1)
+    return price.masked_fill(gaps[:, 1::2], INFINITY), to * 2
+
+
+def alternate_distances(points: Tensor) -> Tensor:
+    """Squared Euclidean distances ``[images, odd, even]`` of odd to even rows, by one matrix product, never negative."""
+    norms = points.square().sum(-1)
+    pairs = norms[:, 1::2, None] + norms[:, None, ::2]
+    return torch.baddbmm(pairs, points[:, 1::2], points[:, ::2].transpose(-2, -1), alpha=-2).clamp_min_(0)
 
 
 def cheapest(price: Tensor, *, threshold: float | None, remove: int | None) -> Tensor:
