@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hesper.cost import head_macs
 from hesper.errors import JobError, UsageError
 from hesper.heart.budget import check_budget, choose
-from hesper.heart.family import Family, affordable_heads, alternate_blocks, every_block
+from hesper.heart.family import Family, affordable_heads, deciding_blocks, every_block
 from hesper.heart.fit import Atlas
 from hesper.measure.evaluate import Evaluation
 from hesper.plan import Anatomy, Budget, empty_plan
@@ -134,4 +134,4 @@ def test_a_milder_dial_cuts_no_head_a_stronger_one_keeps():
 def test_blocks_that_nobody_reads_after_are_left_out():
     assert every_block(TINY) == tuple(range(11))
     assert every_block(dataclasses.replace(TINY, reads_patches=True)) == tuple(range(12))
-    assert alternate_blocks(TINY) == (0, 2, 4, 6, 8, 10)
+    assert deciding_blocks(TINY, "alternate") == (0, 2, 4, 6, 8, 10)

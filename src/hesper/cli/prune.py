@@ -79,10 +79,10 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
 )
 @click.option(
     "--blocks",
-    type=click.Choice(["auto", "every", "alternate"]),
+    type=click.Choice(["auto", "every", "alternate", "third"]),
     default="auto",
     show_default=True,
-    help="Which blocks let tokens go; auto measures both.",
+    help="Which blocks let tokens go; auto measures all three.",
 )
 @click.option("--rank", type=click.IntRange(1), default=24, show_default=True, metavar="R", help="Dimensions of the curvature metric.")
 @click.option("--gamma", type=float, default=0.35, show_default=True, metavar="G", help="Power of the token curvature.")

@@ -14,6 +14,8 @@ from hesper.plan import Anatomy, Combine, HeadCut, Plan, TokenCut
 
 Counts = Literal["adaptive", "fixed"]
 Heads = Literal["none", "static"]
+Stride = Literal["every", "alternate", "third"]
+STRIDES: dict[Stride, int] = {"third": 3, "alternate": 2, "every": 1}
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +73,12 @@ def every_block(anatomy: Anatomy) -> tuple[int, ...]:
     return tuple(range(anatomy.depth if anatomy.reads_patches else anatomy.depth - 1))
 
 
-def alternate_blocks(anatomy: Anatomy) -> tuple[int, ...]:
-    """Every other block: deciding costs half as much, and each decision sees more candidates to choose from."""
-    return every_block(anatomy)[::2]
+def deciding_blocks(anatomy: Anatomy, stride: Stride) -> tuple[int, ...]:
+    """Every block, every other or every third: fewer decisions cost less, and each sees more candidates to choose from.
+
+    Example:
+        >>> tiny = Anatomy(12, 192, 3, 64, 768, 197, 1, 1000, 768, (224, 224), (14, 14), False)
+        >>> deciding_blocks(tiny, "third")
+        (0, 3, 6, 9)
+    """
+    return every_block(anatomy)[:: STRIDES[stride]]

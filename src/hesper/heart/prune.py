@@ -18,7 +18,7 @@ from hesper.graft import GraftedViT, graft
 from hesper.heart.budget import Chosen, Trial, check_budget, choose
 from hesper.heart.calibrate import calibration
 from hesper.heart.criteria import Criterion
-from hesper.heart.family import Counts, Family, Heads, alternate_blocks, every_block
+from hesper.heart.family import STRIDES, Counts, Family, Heads, Stride, deciding_blocks
 from hesper.heart.fit import Atlas, Tables, fit_tables, survey
 from hesper.heart.price import plan_price
 from hesper.hosts.open import OpenModel
@@ -47,7 +47,7 @@ class Settings:
     heads: Heads = "static"
     rank: int = 24
     gamma: float = 0.35
-    blocks: Literal["auto", "every", "alternate"] = "auto"
+    blocks: Stride | Literal["auto"] = "auto"
     batch_size: int = 32
     seed: int = 0
 
@@ -129,8 +129,8 @@ class _Work:
 
     def _families(self, tables: Tables, atlas: Atlas) -> list[Family]:
         settings, anatomy = self.settings, self.model.ref.anatomy
-        stages = {"every": every_block(anatomy), "alternate": alternate_blocks(anatomy)}
-        names = list(stages) if settings.blocks == "auto" else [settings.blocks]
+        stages = {f"{name} block": deciding_blocks(anatomy, name) for name in STRIDES}
+        names = list(stages) if settings.blocks == "auto" else [f"{settings.blocks} block"]
         if not settings.tokens:
             stages, names = {"heads alone": ()}, ["heads alone"]
         heads: list[Heads] = ["none", "static"] if settings.heads == "static" and settings.tokens else [settings.heads]
@@ -142,7 +142,7 @@ class _Work:
             settings.schedule,
         )
         return [
-            Family(f"{name} block, heads {kind}", self._blank(), stages[name], settings.combine, kind, atlas, shape)
+            Family(f"{name}, heads {kind}", self._blank(), stages[name], settings.combine, kind, atlas, shape)
             for name in names
             for kind in heads
         ]
