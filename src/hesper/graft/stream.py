@@ -40,7 +40,8 @@ class Stream:
     def carry_out(self, decision: Decision) -> None:
         """Take the decided tokens out; what is merged leaves its mass where it goes.
 
-        A destination never leaves itself; one of total size T that receives sources s becomes x_d + sum_s size_s (x_s - x_d) / T, the size-weighted mean.
+        A destination never leaves itself; one of total size T that receives sources s becomes x_d + sum_s size_s (x_s - x_d) / T,
+        the size-weighted mean.
         """
         gone, into = decision.gone, decision.into
         if not len(gone):

@@ -126,7 +126,8 @@ def _cell_means(pixels: Pixels, grid: tuple[int, int]) -> NDArray[np.float64]:
     left = [width * column // grid[1] for column in range(grid[1])]
     sums = np.add.reduceat(np.add.reduceat(pixels.astype(np.float64), top, 0), left, 1)
     rows, columns = np.diff([*top, height]), np.diff([*left, width])
-    return (sums / (rows[:, None] * columns)[..., None]).reshape(-1, 3)
+    means: NDArray[np.float64] = (sums / (rows[:, None] * columns)[..., None]).reshape(-1, 3)
+    return means
 
 
 def _borders(places: Places, grid: tuple[int, int], merged: set[int]) -> str:

@@ -1,0 +1,178 @@
+"""The report of a real (tiny) run: complete, true to the record, self-contained, and safe against hostile names."""
+
+import dataclasses
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import hesper as package
+from cli_helpers import CLASSES, NAME, write_images, write_weights
+from hesper.errors import UsageError
+from hesper.heart.gallery import GALLERY, Gallery, load_gallery, save_gallery
+from hesper.plan import Budget
+from hesper.report import write_report
+from hesper.report.patches import exhibits, stages_of
+from hesper.report.svg import cell_path
+from hesper.runs import open_run
+
+SECTIONS = ("kept", "cut where", "patches survive", "Drift against MACs", "Image by image", "pricing works", "Evidence")
+VOID = {"meta", "link", "br", "hr", "img", "input", "col", "wbr"}
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("report")
+    images = write_images(root / "images", 12)
+    hostile = images / CLASSES[0] / "<script>alert(1)</script>&amp;.png".replace("/", "_")
+    Image.fromarray(np.zeros((24, 24, 3), dtype=np.uint8)).save(hostile)
+    settings = package.Settings(
+        Budget("macs", 0.9, 0.9), package.Criterion(draws=1), rank=4, heads="none", blocks="alternate", batch_size=8
+    )
+    package.prune(NAME, weights=write_weights(root / "w.safetensors"), calib=images, data=images, out=root / "run", settings=settings)
+    return root / "run"
+
+
+@pytest.fixture(scope="session")
+def page(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    write_report([run], out)
+    return out.read_text(encoding="utf-8")
+
+
+class Reader(HTMLParser):
+    """Collects visible text and references, and checks that tags are closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.words, self.references, self.scripts = [], [], [], 0
+
+    def handle_starttag(self, tag, attributes):
+        self.scripts += tag == "script"
+        self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href", "action") and value]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href") and value]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def read(page):
+    reader = Reader()
+    reader.feed(page)
+    reader.close()
+    assert not reader.open
+    return reader
+
+
+def test_every_section_is_there_and_every_tag_is_closed(page):
+    text = " ".join(read(page).words)
+    assert all(section in text for section in SECTIONS)
+
+
+def test_nothing_is_fetched_and_nothing_is_run(page):
+    reader = read(page)
+    assert all(reference.startswith(("#", "data:")) for reference in reader.references)
+    assert reader.scripts == 0
+    assert not re.search(r"@import|url\((?!#|data:)", page)
+
+
+def test_headline_figures_are_the_record_s(run, page):
+    text = " ".join(" ".join(read(page).words).split())
+    main = open_run(run).entries[-1].results["evaluation"]
+    assert f"{100 * main['macs_ratio']:.1f}" in text
+    assert f"{100 * main['agreement']:.1f}" in text
+    assert open_run(run).plan.measured.statement.split(" (")[0] in text
+
+
+def test_every_drawing_is_well_formed(page):
+    drawings = re.findall(r"<svg.*?</svg>", page, re.S)
+    assert len(drawings) > 10
+    for drawing in drawings:
+        ElementTree.fromstring(drawing.replace("&nbsp;", " "))
+
+
+def test_hostile_names_are_text(run, page):
+    assert "<script>" not in page
+    names = [entry.results for entry in open_run(run).entries]
+    assert json.dumps(names) and read(page).scripts == 0
+
+
+def test_without_pictures_the_page_says_so(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / GALLERY).unlink()
+    write_report([copy], tmp_path / "r.html")
+    assert "No pictures" in (tmp_path / "r.html").read_text()
+
+
+def test_a_damaged_gallery_is_named_and_does_not_stop_the_page(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / GALLERY).write_bytes(b"nothing")
+    write_report([copy], tmp_path / "r.html")
+    assert "gallery.safetensors is damaged" in (tmp_path / "r.html").read_text()
+
+
+def test_several_runs_are_compared(run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    write_report([run, other], tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    read(text)
+    assert "other" in text
+    assert len(re.findall(r'id="([^"]+)"', text)) == len(set(re.findall(r'id="([^"]+)"', text)))
+
+
+def test_a_changed_run_is_refused(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "plan.toml").write_text((copy / "plan.toml").read_text().replace("seed = 0", "seed = 1"))
+    with pytest.raises(UsageError, match=r"plan\.toml"):
+        write_report([copy], tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_gallery_round_trips(run, tmp_path):
+    gallery = load_gallery(run)
+    save_gallery(tmp_path, gallery)
+    again = load_gallery(tmp_path)
+    for field in dataclasses.fields(Gallery):
+        one, two = getattr(gallery, field.name), getattr(again, field.name)
+        assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
+
+
+def test_stages_count_tokens_as_the_maps_do(run):
+    found, gallery = open_run(run), load_gallery(run)
+    anatomy = found.plan.model.anatomy
+    order = sorted(range(len(gallery.files)), key=lambda index: gallery.kept_macs[index])
+    for exhibit, index in zip(exhibits(gallery, anatomy, found.plan.skip_unread, "x"), order, strict=True):
+        assert exhibit.file.endswith(gallery.files[index].split("/")[-1][-8:])
+        for stage in exhibit.stages:
+            places = gallery.place[index, stage.block]
+            assert stage.left == len(set(places[places >= 0].tolist()))
+            assert stage.dropped == int((places < 0).sum())
+
+
+def test_a_path_around_cells_covers_exactly_them():
+    path = cell_path([0, 1, 5], 4)
+    cells = set()
+    for x, y, run_length in re.findall(r"M(\d+) (\d+)h(\d+)", path):
+        cells |= {int(y) * 4 + int(x) + step for step in range(int(run_length))}
+    assert cells == {0, 1, 5}
+
+
+def test_stages_are_within_the_model():
+    assert all(0 <= block < depth for depth in range(1, 25) for skip in (False, True) for block in stages_of(depth, skip))
