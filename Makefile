@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEMO ?= hesper-demo-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: demo test lint clean
 
@@ -13,7 +14,7 @@ $(READY): pyproject.toml
 	touch $@
 
 demo: $(READY)
-	$(BIN)/hesper demo
+	$(BIN)/hesper demo --out $(DEMO)
 
 # One thread per test process: torch's threads and the test processes would otherwise fight for the same cores.
 test: $(READY) lint

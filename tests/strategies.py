@@ -60,8 +60,8 @@ anatomies = st.builds(
 )
 budgets = st.one_of(
     st.builds(Budget, kind=st.just("macs"), value=st.floats(0.01, 1), confidence=st.floats(0.01, 0.99)),
-    st.builds(Budget, kind=st.just("loss"), value=amounts, confidence=st.floats(0.01, 0.99)),
-    st.builds(Budget, kind=st.just("disagreement"), value=shares, confidence=st.floats(0.01, 0.99)),
+    st.builds(Budget, kind=st.just("loss"), value=st.floats(1e-9, 1e3), confidence=st.floats(0.01, 0.99)),
+    st.builds(Budget, kind=st.just("disagreement"), value=st.floats(1e-9, 0.999), confidence=st.floats(0.01, 0.99)),
 )
 measurements = st.builds(Measured, macs=estimates, drift_kl=estimates, agreement=estimates, statement=words)
 points = st.builds(OperatingPoint, dial=numbers, macs=amounts, drift_kl=numbers, agreement=shares, n=counts)

@@ -277,3 +277,14 @@ def test_fractions_that_make_no_sense_are_refused(fractions: tuple[float, ...]) 
 def test_too_few_images_to_split_are_refused() -> None:
     with pytest.raises(UsageError, match="2 images are too few"):
         split(of_length(2), (0.9, 0.1), 0)
+
+
+@pytest.mark.parametrize(("mode", "top"), [("I;16", 65535), ("I", 65535), ("F", 255)])
+def test_grey_images_of_more_than_eight_bits_keep_their_contrast(tmp_path: Path, mode: str, top: int) -> None:
+    ramp = np.linspace(0, top, 256).reshape(16, 16)
+    kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    Image.fromarray(ramp.astype(kind)).save(tmp_path / ("ramp.png" if mode == "I;16" else "ramp.tif"))
+    images = open_folder(tmp_path, transform=lambda image: torch.from_numpy(np.array(image)).float(), class_map=None, labelled=False)
+    (batch,) = batches(images, 1)
+    assert batch.images.mean() == pytest.approx(127.5, abs=1.0)
+    assert batch.images[..., 0].flatten().tolist() == pytest.approx(list(range(256)), abs=1.0)

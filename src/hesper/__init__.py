@@ -31,6 +31,10 @@ _DOORS = {
 __all__ = ["Criterion", "Settings", "__version__", "evaluate", "graft", "load", "open_model", "prune"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     if name in _DOORS:
         return getattr(importlib.import_module(_DOORS[name]), name)

@@ -270,7 +270,7 @@ def _results(pruned: Pruned, images: ImageSet, skipped: Sequence[Skipped]) -> di
         "atlas": {
             "tokens": atlas.tokens.tolist(),
             "heads": atlas.heads.tolist(),
-            "heads_stderr": atlas.heads_stderr.tolist(),
+            "heads_stderr": atlas.heads_stderr.tolist() if atlas.images > 1 else None,
             "images": atlas.images,
         },
         "router_explained": list(pruned.tables.explained),
@@ -279,11 +279,11 @@ def _results(pruned: Pruned, images: ImageSet, skipped: Sequence[Skipped]) -> di
 
 
 def _evaluation(result: Evaluation, images: ImageSet, skipped: Sequence[Skipped]) -> dict[str, Any]:
-    names = ("drift_kl", "agreement", "macs", "top1", "dense_top1")
+    names = ("drift_kl", "agreement", "macs", "top1", "top5", "loss", "dense_top1", "dense_loss")
     columns = {name: getattr(result, name) for name in names}
     return {
         "evaluation": result.summary(),
-        "per_image": {name: column.tolist() for name, column in columns.items() if column is not None},
+        "per_image": {"files": list(result.files), **{name: column.tolist() for name, column in columns.items() if column is not None}},
         "tokens": {name: getattr(result.tokens, name)(axis=0).tolist() for name in ("mean", "min", "max")},
         "skipped": [{"file": s.file, "reason": s.reason} for s in (*images.skipped, *skipped)],
     }

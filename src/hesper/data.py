@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -243,6 +244,11 @@ def _decode(images: ImageSet, index: int) -> Tensor | str:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        # Pillow clips these to 255 when it converts them; 16-bit values keep their contrast when scaled first.
+        values = np.asarray(image, dtype=np.float64)
+        scale = 257.0 if image.mode.startswith("I;16") or values.max() > 255 else 1.0
+        image = Image.fromarray((values / scale).clip(0, 255).round().astype(np.uint8))
     # Pillow warns about palettes with transparency unless they pass through RGBA; the colours come out the same.
     return (image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image).convert("RGB")
 

@@ -57,7 +57,7 @@ def test_outputs_that_are_not_finite_end_the_job(ask: Ask, tmp_path: Path) -> No
 
 
 def test_a_folder_without_a_readable_image_is_an_error(ask: Ask, tmp_path: Path) -> None:
-    calib = write_images(tmp_path / "calib", 4)
+    calib = write_images(tmp_path / "calib", 8)
     for file in calib.rglob("*.png"):
         file.write_bytes(b"broken")
     assert "can be decoded" in sentence(ask("--macs", 0.9, calib=calib), 2)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from hesper.cost import head_macs
 from hesper.errors import JobError, UsageError
-from hesper.heart.budget import check_budget, choose
+from hesper.heart.budget import check_sample, choose
 from hesper.heart.family import Family, affordable_heads, deciding_blocks, every_block
 from hesper.heart.fit import Atlas
 from hesper.measure.evaluate import Evaluation
-from hesper.plan import Anatomy, Budget, empty_plan
+from hesper.plan import Anatomy, Budget, check_budget, empty_plan
 
 TINY = Anatomy(12, 192, 3, 64, 768, 197, 1, 1000, 768, (224, 224), (14, 14), False)
 DENSE = 1_000_000
@@ -23,7 +23,9 @@ DENSE = 1_000_000
 
 def family(name="plain", heads="none"):
     atlas = Atlas(torch.zeros(12, 196), torch.arange(36.0).view(12, 3), torch.zeros(12, 3), 8)
-    return Family(name, empty_plan("tiny", TINY), every_block(TINY), "merge", heads, atlas)
+    blank = empty_plan("tiny", TINY)
+    blank = dataclasses.replace(blank, provenance=dataclasses.replace(blank.provenance, verify_images=200))
+    return Family(name, blank, every_block(TINY), "merge", heads, atlas)
 
 
 def world(n, seed, drift=1.0, spread=0.05):
@@ -95,26 +97,27 @@ def test_a_family_of_heads_that_cuts_none_is_not_measured_twice():
 def test_what_cannot_be_had_is_said_with_what_can():
     with pytest.raises(JobError, match=r"least that can be had is 0\.1"):
         pick(Budget("macs", 0.05, 0.95))
-    with pytest.raises(JobError, match="mildest plan"):
+    with pytest.raises(JobError, match="safest plan tried.*Allow at least"):
         pick(Budget("disagreement", 0.02, 0.95), n=100)
 
 
 @pytest.mark.parametrize(
     ("budget", "n", "words"),
     [
-        (Budget("macs", 0.0, 0.95), 100, "between 0 and 1"),
-        (Budget("macs", -0.2, 0.95), 100, "between 0 and 1"),
-        (Budget("macs", 1.2, 0.95), 100, "between 0 and 1"),
+        (Budget("macs", 0.0, 0.95), 100, "above 0 and be at most 1"),
+        (Budget("macs", -0.2, 0.95), 100, "above 0 and be at most 1"),
+        (Budget("macs", 1.2, 0.95), 100, "above 0 and be at most 1"),
         (Budget("loss", 0.0, 0.95), 100, "above 0"),
         (Budget("loss", math.nan, 0.95), 100, "above 0"),
-        (Budget("disagreement", 0.05, 0.95), 40, "at least 59 images"),
+        (Budget("disagreement", 0.05, 0.95), 40, "at least 59 readable images"),
         (Budget("disagreement", 0.05, 1.0), 40, "confidence"),
-        (Budget("macs", 0.5, 0.95), 1, "at least 2 images"),
+        (Budget("macs", 0.5, 0.95), 1, "at least 10 readable images"),
     ],
 )
 def test_impossible_budgets_are_refused_beforehand(budget, n, words):
     with pytest.raises(UsageError, match=words):
-        check_budget(budget, n)
+        check_budget(budget)
+        check_sample(budget, n)
 
 
 def test_heads_go_by_price_per_mac_and_the_dearest_of_a_block_stays():

@@ -105,6 +105,10 @@ def _tables(cut: TokenCut, plan: Plan, tables: Mapping[str, Tensor]) -> dict[str
         if tuple(tables[key].shape) != shape:
             raise UsageError(f"The table '{key}' has shape {tuple(tables[key].shape)}, but the plan needs {shape}; make the run again.")
         own[name] = tables[key]
-    removed = {head for heads in plan.heads if heads.block == cut.block for head in heads.remove}
+    removed = sorted({head for heads in plan.heads if heads.block == cut.block for head in heads.remove})
+    mean = tables.get(f"{cut.block}.router.mean_attention")
+    if removed and mean is not None:
+        # A removed head's attention is no longer seen; its mean takes its place, or every price of the block would shift.
+        own["router.offset"] = own["router.offset"] + own["router.attention"][removed] @ mean[removed]
     own["router.attention"] = own["router.attention"][[head for head in range(anatomy.heads) if head not in removed]]
     return own

@@ -8,22 +8,23 @@ from dataclasses import dataclass
 
 from hesper.errors import JobError, UsageError
 from hesper.heart.family import Family
-from hesper.measure.bounds import disagreement_p_value, images_needed, mean_upper_bound
+from hesper.measure.bounds import disagreement_p_value, images_needed, mean_upper_bound, provable_disagreement
 from hesper.measure.evaluate import Evaluation, estimate
 from hesper.plan import Budget, Measured, OperatingPoint, Plan
 
 Trial = Callable[[Plan], Evaluation]
 
+Placed = tuple[Family, list[float], list[OperatingPoint]]
+
+FEWEST_IMAGES = 10
 SMALLEST_DIAL, FIRST_DIAL, LARGEST_DIAL = 1e-9, 1e-5, 1e3
 MOST_TRIALS = 24
 CLOSE, FLAT, NARROW = 0.003, 1e-4, 1.01
-STEPS = 9
-# Deciding takes time that MACs do not show: many small steps. A family that decides in every block must drift less by this share
-# than one that never does, and half as much less than one that decides in every other.
+STEPS = 11
 WORTH = 0.1
 # Powers of two around the dial that met the budget on fitting images: fixed beforehand, finer where the answer is likely.
 LADDER = (-5.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)
-MARGIN = 0.002
+SIGMAS = (5.0, 4.0, 3.2, 2.6, 2.1, 1.7, 1.3, 0.9)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,27 +39,21 @@ class Chosen:
     points: tuple[OperatingPoint, ...]
 
 
-def check_budget(budget: Budget, verify_images: int) -> None:
-    """Refuse budgets no plan could keep or no sample of this size could prove.
+def check_sample(budget: Budget, verify_images: int) -> None:
+    """Refuse to prove a budget on too few images.
 
     Raises:
-        UsageError: a value or confidence out of range, or too few verification images.
+        UsageError: fewer verification images than the budget's confidence needs.
     """
-    if not 0 < budget.confidence < 1:
-        raise UsageError(f"The confidence must lie between 0 and 1, not {budget.confidence:g}; give for example 0.95.")
-    if budget.kind == "loss":
-        if not (budget.value > 0 and math.isfinite(budget.value)):
-            raise UsageError(f"The loss budget must be above 0 nats, not {budget.value:g}; give for example 0.02.")
-    elif not 0 < budget.value <= 1 or (budget.kind == "disagreement" and budget.value == 1):
-        what = "kept share of MACs" if budget.kind == "macs" else "share of changed decisions"
-        raise UsageError(f"The {what} must lie between 0 and 1, not {budget.value:g}.")
-    if budget.kind == "disagreement" and (needed := images_needed(budget.value, budget.confidence)) > verify_images:
+    needed = FEWEST_IMAGES
+    if budget.kind == "disagreement":
+        needed = max(needed, images_needed(budget.value, budget.confidence))
+    if needed > verify_images:
+        unit = {"macs": "of the MACs", "loss": "nats", "disagreement": "changed decisions"}[budget.kind]
         raise UsageError(
-            f"Proving at most {budget.value:g} changed decisions with confidence {budget.confidence:g} takes at least {needed} images for "
-            f"verification, and there are {verify_images}; give more calibration images, or a larger share."
+            f"Proving at most {budget.value:g} {unit} with confidence {budget.confidence:g} takes at least {needed} readable images for "
+            f"verification, and there are {verify_images}; give more calibration images, of which half verify."
         )
-    if verify_images < 2:
-        raise UsageError(f"A budget needs at least 2 images for verification, and there are {verify_images}; give more calibration images.")
 
 
 def choose(families: Sequence[Family], budget: Budget, tune: Callable[[Family], Trial], verify: Callable[[Family], Trial]) -> Chosen:
@@ -69,42 +64,79 @@ def choose(families: Sequence[Family], budget: Budget, tune: Callable[[Family], 
     Raises:
         JobError: no member of any family keeps the budget; says what can be had.
     """
-    if budget.kind == "macs":
-        return _meet_macs(families, budget, tune, verify)
-    return _meet_risk(families, budget, tune, verify)
+    place = _place_macs if budget.kind == "macs" else _place_risk
+    family, dials, points = place(families, budget, tune)
+    return _prove(family, dials, points, budget, verify(family))
 
 
-def _meet_macs(families: Sequence[Family], budget: Budget, tune: Callable[[Family], Trial], verify: Callable[[Family], Trial]) -> Chosen:
-    target = budget.value - MARGIN
+def _prove(family: Family, dials: Sequence[float], points: list[OperatingPoint], budget: Budget, trial: Trial) -> Chosen:
+    """Fixed-sequence testing: along dials fixed beforehand, from the safe side towards the budget, stopping at the first that fails.
+
+    Every test may use the full confidence, because a later plan is only tested when all before it passed (Learn then Test, arXiv
+    2110.01052, section 3.2).
+    """
+    kept: tuple[float, Plan, Evaluation, _Verdict] | None = None
+    last: tuple[Plan, Evaluation] | None = None
+    verdict = None
+    for dial in dials:
+        plan = family.at(dial)
+        cuts = (plan.tokens, plan.heads)
+        same = last is not None and (last[0].tokens, last[0].heads) == cuts
+        evaluation = last[1] if last is not None and same else trial(plan)
+        last = (plan, evaluation)
+        points.append(_point(dial, evaluation))
+        verdict = _verdict(budget, evaluation)
+        if not verdict.holds:
+            break
+        kept = (dial, plan, evaluation, verdict)
+    if kept is None:
+        assert verdict is not None
+        raise JobError(
+            f"Not even the safest plan tried can be proven to keep the budget of {budget.value:g}: "
+            f"on {evaluation.n} images {verdict.found}. Allow at least {verdict.provable:.3g}, or give more calibration images."
+        )
+    dial, plan, evaluation, verdict = kept
+    return Chosen(family, dial, plan, evaluation, _measured(evaluation, verdict.statement), _sorted(points))
+
+
+def _place_macs(families: Sequence[Family], budget: Budget, tune: Callable[[Family], Trial]) -> Placed:
+    """The family of least drift at the budget on fitting images, and dials that keep a little more and more of the MACs.
+
+    The dials aim between five and one standard errors below the budget, as the fitting images foretell them for the difference
+    between the two samples. Deciding takes time that MACs do not show, many small steps, so a family that decides in more blocks
+    must drift less.
+    """
     points: list[OperatingPoint] = []
-    placed: list[tuple[float, float, Family]] = []
+    placed: list[tuple[float, float, Family, Evaluation]] = []
     dial: float | None = None
     for family in families:
         if placed and family.heads == "static" and dial is not None and not family.head_cuts(dial):
             continue  # its plans are those of the family just measured
-        dial, evaluation, tried = _dial_for_macs(family, tune(family), target, start=dial or FIRST_DIAL)
+        dial, evaluation, tried = _dial_for_macs(family, tune(family), budget.value, start=dial or FIRST_DIAL)
         points += tried
         if dial is not None:
-            placed.append((float(evaluation.drift_kl.mean()), dial, family))
+            weight = 1 + WORTH * len(family.blocks) / family.blank.model.anatomy.depth
+            placed.append((float(evaluation.drift_kl.mean()) * weight, dial, family, evaluation))
     if not placed:
         least = min(point.macs for point in points)
         raise JobError(f"No plan keeps {budget.value:g} of the MACs; the least that can be had is {least:.3f}.")
-    _, dial, family = min(placed, key=lambda entry: entry[0] * (1 + WORTH * len(entry[2].blocks) / entry[2].blank.model.anatomy.depth))
-    while dial is not None:
-        plan = family.at(dial)
-        evaluation = verify(family)(plan)
-        kept = evaluation.kept_macs
-        bound = mean_upper_bound(kept.mean, kept.stderr, kept.n, budget.confidence)
-        if bound <= budget.value:
-            statement = (
-                f"Keeps at most {budget.value:g} of the dense MACs on average with confidence {budget.confidence:g} "
-                f"(asymptotic bound {bound:.4f}, {kept.n} images)."
-            )
-            return Chosen(family, dial, plan, evaluation, _measured(evaluation, statement), _sorted(points))
-        target -= (bound - budget.value) + MARGIN
-        dial, _, tried = _dial_for_macs(family, tune(family), target, start=dial)
-        points += tried
-    raise JobError(f"No plan ({family.name}) kept {budget.value:g} of the MACs on the verification images; ask for a little more.")
+    _, dial, family, evaluation = min(placed, key=lambda entry: entry[0])
+    # Two samples of images differ: the tuned mean has its error, and so will the verified one.
+    error = evaluation.kept_macs.stderr * math.sqrt(1 + evaluation.n / family.blank.provenance.verify_images)
+    slope = _slope(points, evaluation.kept_macs.mean)
+    short = evaluation.kept_macs.mean - budget.value
+    return family, [dial * math.exp(min((sigmas * error + short) / slope, 2.0)) for sigmas in SIGMAS], points
+
+
+def _slope(points: Sequence[OperatingPoint], near: float) -> float:
+    """How fast kept MACs fall with the logarithm of the dial around ``near``; a cautious guess where too little was measured."""
+    close = {(math.log(point.dial), point.macs) for point in points if abs(point.macs - near) < 0.1}
+    if len({x for x, _ in close}) < 2:
+        return 0.1
+    mean_x, mean_y = (sum(values) / len(close) for values in zip(*close, strict=True))
+    variance = sum((x - mean_x) ** 2 for x, _ in close)
+    slope = -sum((x - mean_x) * (y - mean_y) for x, y in close) / variance
+    return float(max(slope, 0.01))
 
 
 def _dial_for_macs(
@@ -124,9 +156,13 @@ def _dial_for_macs(
         tried.append(_point(dial, evaluation))
         kept = evaluation.kept_macs.mean
         if kept > target:
-            if dial >= LARGEST_DIAL or (mild is not None and best is None and mild[1] - kept < FLAT and kept < 1 - FLAT):
+            if dial >= LARGEST_DIAL:
                 break
+            flat = mild is not None and best is None and mild[1] - kept < FLAT
             mild = (dial, kept)
+            if flat:
+                dial = LARGEST_DIAL  # either nothing more can be had, or the next step is far away
+                continue
         else:
             best = (dial, evaluation)
             if target - kept < CLOSE or dial <= SMALLEST_DIAL:
@@ -141,46 +177,26 @@ def _dial_for_macs(
     return (None, evaluation, tried) if best is None else (*best, tried)
 
 
-def _meet_risk(families: Sequence[Family], budget: Budget, tune: Callable[[Family], Trial], verify: Callable[[Family], Trial]) -> Chosen:
-    """Fixed-sequence testing: from harmless to aggressive along dials fixed beforehand, stopping at the first that fails."""
-    family, dials, points = _place(families, budget, tune)
-    trial = verify(family)
-    kept: tuple[float, Plan, Evaluation, str] | None = None
-    first = ""
-    for dial in dials:
-        plan = family.at(dial)
-        evaluation = trial(plan)
-        points.append(_point(dial, evaluation))
-        holds, statement = _verdict(budget, evaluation)
-        first = first or statement
-        if not holds:
-            break
-        kept = (dial, plan, evaluation, statement)
-    if kept is None:
-        raise JobError(f"The budget cannot be proven even for the mildest plan tried: {first} Allow more, or give more calibration images.")
-    dial, plan, evaluation, statement = kept
-    return Chosen(family, dial, plan, evaluation, _measured(evaluation, statement), _sorted(points))
-
-
-def _place(families: Sequence[Family], budget: Budget, tune: Callable[[Family], Trial]) -> tuple[Family, list[float], list[OperatingPoint]]:
+def _place_risk(families: Sequence[Family], budget: Budget, tune: Callable[[Family], Trial]) -> Placed:
     """The family that saves most at the budget on the fitting images, and a ladder of dials around the place where it is met."""
     points: list[OperatingPoint] = []
     best: tuple[float, float, Family] | None = None
+    dial: float | None = None
     for family in families:
+        if best is not None and family.heads == "static" and dial is not None and not family.head_cuts(dial * 2 ** LADDER[-1]):
+            continue  # its plans are those of the family just measured
         trial = tune(family)
-        low, high = 1e-8, 1e-2
-        found = trial(family.at(low))
+        dial, high, macs = 1e-8, LARGEST_DIAL, 1.0
         for _ in range(STEPS):
-            middle = math.sqrt(low * high)
+            middle = math.sqrt(dial * high)
             evaluation = trial(family.at(middle))
             points.append(_point(middle, evaluation))
             if _risk(budget, evaluation) <= budget.value:
-                low, found = middle, evaluation
+                dial, macs = middle, evaluation.kept_macs.mean
             else:
                 high = middle
-        macs = found.kept_macs.mean
         if best is None or macs < best[0]:
-            best = (macs, low, family)
+            best = (macs, dial, family)
     assert best is not None
     _, dial, family = best
     return family, [dial * 2**step for step in LADDER], points
@@ -190,20 +206,32 @@ def _risk(budget: Budget, evaluation: Evaluation) -> float:
     return float(evaluation.drift_kl.mean()) if budget.kind == "loss" else 1 - float(evaluation.agreement.mean())
 
 
-def _verdict(budget: Budget, evaluation: Evaluation) -> tuple[bool, str]:
-    if budget.kind == "loss":
-        drift = estimate(evaluation.drift_kl)
-        bound = mean_upper_bound(drift.mean, drift.stderr, drift.n, budget.confidence)
-        return bound <= budget.value, (
-            f"Drifts at most {budget.value:g} nats on average with confidence {budget.confidence:g} "
-            f"(asymptotic bound {bound:.4g}, {drift.n} images)."
+@dataclass(frozen=True)
+class _Verdict:
+    """Whether a plan provably keeps its budget, the promise, what was found, and the smallest budget these images would prove."""
+
+    holds: bool
+    statement: str
+    found: str
+    provable: float
+
+
+def _verdict(budget: Budget, evaluation: Evaluation) -> _Verdict:
+    limit, confidence, n = budget.value, budget.confidence, evaluation.n
+    if budget.kind == "disagreement":
+        rate = 1 - float(evaluation.agreement.mean())
+        p = disagreement_p_value(rate, n, limit)
+        statement = (
+            f"Changes at most {limit:g} of the top-1 decisions with confidence {confidence:g} "
+            f"(Hoeffding-Bentkus, distribution-free, p = {p:.3g}, measured {rate:.4f} on {n} images)."
         )
-    rate = 1 - float(evaluation.agreement.mean())
-    p = disagreement_p_value(rate, evaluation.n, budget.value)
-    return p <= 1 - budget.confidence, (
-        f"Changes at most {budget.value:g} of the top-1 decisions with confidence {budget.confidence:g} "
-        f"(Hoeffding-Bentkus, distribution-free, p = {p:.3g}, measured {rate:.4f} on {evaluation.n} images)."
-    )
+        return _Verdict(p <= 1 - confidence, statement, f"{rate:.4f} of the decisions changed", provable_disagreement(rate, n, confidence))
+    mean = evaluation.kept_macs if budget.kind == "macs" else estimate(evaluation.drift_kl)
+    bound = mean_upper_bound(mean.mean, mean.stderr, n, confidence)
+    promise = f"Keeps at most {limit:g} of the dense MACs" if budget.kind == "macs" else f"Drifts at most {limit:g} nats"
+    statement = f"{promise} on average with confidence {confidence:g} (asymptotic bound {bound:.4g}, {n} images)."
+    found = f"it keeps {mean.mean:.4g} of the MACs" if budget.kind == "macs" else f"it drifts {mean.mean:.4g} nats"
+    return _Verdict(bound <= limit, statement, f"{found} on average, with an upper bound of {bound:.4g}", bound)
 
 
 def _point(dial: float, evaluation: Evaluation) -> OperatingPoint:

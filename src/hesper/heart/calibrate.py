@@ -25,7 +25,7 @@ def calibration(
 
     * fixed: every block removes the number that the adaptive plan removes on average;
     * symmetric: every block removes the same share, such that as many tokens as before reach the end. With adaptive counts each
-      block's threshold is the price at which that share goes on average.
+      block's threshold is the typical price (geometric mean over images) of the last token of that share.
     """
     if counts == "adaptive" and schedule == "asymmetric":
         return None

@@ -16,7 +16,6 @@ from hesper.curvature import (
     fisher_diagonal,
     gradient,
     quadratic_scores,
-    twice_differentiable,
 )
 from hesper.errors import UsageError
 from hesper.heart.gated import HEAD_GATES, HEAD_SHIFTS, TOKEN_GATES, TOKEN_SHIFTS, gated_forward
@@ -136,7 +135,7 @@ def _accumulate(total: StreamCurvature | None, slope: Tensor, draws: int) -> Str
 
 
 def _activation_scores(host: Host, batch: Batch, criterion: Criterion, generator: torch.Generator) -> Sensitivity:
-    with torch.no_grad(), twice_differentiable():
+    with torch.no_grad():
         trace = gated_forward(host, batch.images)
     streams = torch.stack(trace.streams, 1).detach()
     # The prefix is never cut; leaving it out of the probe spares its cross terms.

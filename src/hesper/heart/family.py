@@ -1,4 +1,4 @@
-"""The nested family of plans one dial runs through, from harmless to aggressive."""
+"""The family of plans one dial runs through, from harmless to aggressive."""
 
 from __future__ import annotations
 

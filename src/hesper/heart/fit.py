@@ -122,7 +122,7 @@ class _Sums:
             raise JobError("The curvature of a calibration batch is not finite; check the model's weights and the images.")
         if moment is not None:
             self.moment += moment.double().cpu()
-        floor = SMALLEST * target.clamp_min(0).mean((0, 2)).clamp_min(torch.finfo(target.dtype).tiny)
+        floor = (SMALLEST * target.clamp_min(0).mean((0, 2))).clamp_min(torch.finfo(target.dtype).tiny)
         for block, state in enumerate(dense_states(self.host, batch.images)):
             patches = state.layout.padded(state.stream)
             centred = (patches - patches.mean(1, keepdim=True)).flatten(0, 1).double().cpu()
@@ -147,5 +147,6 @@ class _Sums:
                 offset -= float(metric.trace().clamp_min(torch.finfo(torch.float64).tiny).log())
             tensors[f"{block}.router.direction"] = weights[: anatomy.width].float()
             tensors[f"{block}.router.attention"] = weights[anatomy.width :].float()
+            tensors[f"{block}.router.mean_attention"] = router.mean[anatomy.width :].float()
             tensors[f"{block}.router.offset"] = torch.tensor(offset)
         return Tables(tensors, tuple(explained), self.images)

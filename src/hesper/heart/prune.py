@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from hesper.curvature import CrossEntropy, DenseKL
 from hesper.data import ImageSet, LoadedBatch, Skipped, batches, check_labels, split
 from hesper.errors import UsageError
 from hesper.graft import GraftedViT, graft
-from hesper.heart.budget import Chosen, Trial, check_budget, choose
+from hesper.heart.budget import Chosen, Trial, check_sample, choose
 from hesper.heart.calibrate import calibration
 from hesper.heart.criteria import Criterion
 from hesper.heart.family import STRIDES, Counts, Family, Heads, Stride, deciding_blocks
@@ -23,7 +23,7 @@ from hesper.heart.fit import Atlas, Tables, fit_tables, survey
 from hesper.heart.price import plan_price
 from hesper.hosts.open import OpenModel
 from hesper.measure.evaluate import dense_logits, estimate, evaluate
-from hesper.plan import Budget, Combine, Estimate, Plan, Pricing, Provenance, Schedule
+from hesper.plan import Budget, Combine, Estimate, Plan, Pricing, Provenance, Schedule, check_budget
 from hesper.runs import utc_now
 
 FIT_SHARE = 0.5
@@ -50,6 +50,16 @@ class Settings:
     blocks: Stride | Literal["auto"] = "auto"
     batch_size: int = 32
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse words and numbers that mean nothing; UsageError names them."""
+        check_budget(self.budget)
+        for name, hint in get_type_hints(type(self)).items():
+            options = [word for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part)]
+            if options and getattr(self, name) not in options:
+                raise UsageError(f"The setting {name} is {getattr(self, name)!r}; use {' or '.join(map(repr, options))}.")
+        if self.rank < 1 or self.batch_size < 1 or not 0 <= self.gamma < float("inf"):
+            raise UsageError("Rank and batch size must be at least 1, and gamma a number of at least 0.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +90,12 @@ def prune(model: OpenModel, images: ImageSet, settings: Settings, report: Report
         if images.labels is None:
             raise UsageError(f"The criterion '{settings.criterion.name}' needs labels; give class folders, or use the criterion 'kl'.")
         check_labels(images, model.ref.anatomy.classes)
+    if settings.tokens and settings.combine == "merge" and settings.rank > model.ref.anatomy.width:
+        raise UsageError(f"The rank must be at most the model's width, {model.ref.anatomy.width}, not {settings.rank}.")
+    if not model.host.heads_removable:
+        settings = replace(settings, heads="none")
+        if not settings.tokens:
+            raise UsageError(f"The heads of {model.ref.name} cannot be removed: its attention output is normalised over all of them.")
     work = _Work(model, images, settings, report or (lambda stage, done, total: None))
     return work.run()
 
@@ -102,7 +118,7 @@ class _Work:
     def run(self) -> Pruned:
         """Fit, search, verify."""
         settings, host = self.settings, self.model.host
-        check_budget(settings.budget, len(self.verify))
+        check_sample(settings.budget, len(self.verify))
         started = time.perf_counter()
         atlas = survey(host, self._batches("Survey sensitivities", self.fit[:SURVEY_IMAGES], 16), settings.criterion, self.generator)
         started = self._clock("survey", started)
@@ -125,7 +141,7 @@ class _Work:
         loss = CrossEntropy() if self.settings.criterion.name == "ce" else DenseKL()
         seen = self._batches("Price the plan", self.fit[:SURVEY_IMAGES], 8)
         prices = torch.cat([plan_price(self.model.host, grafted, batch, loss) for batch in seen])
-        return estimate(prices.double().numpy())
+        return estimate(prices.double().cpu().numpy())
 
     def _families(self, tables: Tables, atlas: Atlas) -> list[Family]:
         settings, anatomy = self.settings, self.model.ref.anatomy
@@ -164,6 +180,8 @@ class _Work:
         def trial(family: Family) -> Trial:
             if name not in self.logits:
                 self.logits[name] = dense_logits(self.model.host.module, self._batches("Run the dense model", indices))
+                if name == "verify":  # unreadable files are only known now
+                    check_sample(self.settings.budget, sum(map(len, self.logits[name])))
             return lambda plan: evaluate(
                 graft(self.model.host.module, plan, tables.tensors), self.logits[name], self._batches(f"{label}: {family.name}", indices)
             )

@@ -34,6 +34,11 @@ class Ridge:
         rows = torch.cat([features, target[:, None], torch.ones_like(target)[:, None]], 1).double()
         self.moments += rows.T @ rows
 
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the features, ``[features]``."""
+        return self.moments[-1, : self.features] / self.moments[-1, -1]
+
     def solve(self, ridge: float) -> tuple[Tensor, float, float]:
         """Weights ``[features]``, offset, and the share of the target's variance they explain on these samples."""
         n = float(self.moments[-1, -1])

@@ -60,6 +60,7 @@ class Host(Protocol):
 
     module: nn.Module
     anatomy: Anatomy
+    heads_removable: bool
     blocks: Sequence[HostBlock]
 
     def embed(self, images: Tensor) -> Tensor:

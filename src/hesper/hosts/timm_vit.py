@@ -107,6 +107,7 @@ class TimmViT:
         self.module: Any = module
         self.blocks: Sequence[HostBlock] = tuple(TimmBlock(block) for block in module.blocks)
         self.anatomy = _anatomy(module)
+        self.heads_removable = all(isinstance(block.attn.norm, nn.Identity) for block in module.blocks)
 
     def embed(self, images: Tensor) -> Tensor:
         """The token stream ``[images, tokens, width]`` that enters the first block."""
@@ -139,6 +140,9 @@ def _check_parts(module: Any) -> None:
     if type(embed) is not PatchEmbed or embed.dynamic_img_pad:
         kind = f"{type(embed).__name__}{' with dynamic padding' if type(embed) is PatchEmbed else ''}"
         raise UsageError(f"A patch embedding of type {kind} is not supported; timm's plain PatchEmbed is.")
+    channels = int(embed.proj.in_channels)
+    if channels != 3:
+        raise UsageError(f"A model of images with {channels} channels is not supported; images have 3 here (red, green, blue).")
     if not isinstance(head, nn.Linear):
         raise UsageError(f"A classifier of type {type(head).__name__} is not supported; give the model a Linear head (num_classes > 0).")
     for index, block in enumerate(module.blocks):

@@ -33,7 +33,21 @@ def images_needed(limit: float, confidence: float) -> int:
         >>> images_needed(0.05, 0.95)
         59
     """
-    return math.ceil(math.log(1 - confidence) / math.log(1 - limit))
+    return math.ceil(math.log1p(-confidence) / math.log1p(-limit))
+
+
+def provable_disagreement(rate: float, n: int, confidence: float) -> float:
+    """The smallest limit that ``n`` images showing ``rate`` prove with ``confidence``, by bisection of the p-value.
+
+    Example:
+        >>> round(provable_disagreement(0.0, 59, 0.95), 3)
+        0.05
+    """
+    low, high = rate, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if disagreement_p_value(rate, n, middle) <= 1 - confidence else (middle, high)
+    return high
 
 
 def mean_upper_bound(mean: float, stderr: float, n: int, confidence: float) -> float:

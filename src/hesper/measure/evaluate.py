@@ -26,7 +26,8 @@ Progress = Callable[[int], None]
 class Evaluation:
     """Per-image outcomes, ``[images]`` each: drift in nats, agreement, MACs, and with labels the dense and cut models' hits and losses.
 
-    ``tokens`` ``[images, depth]`` counts those left after each block; ``seconds`` is the time the cut model alone took.
+    ``tokens`` ``[images, depth]`` counts those fed to each block's MLP (where unread tokens are skipped, the last is the prefix alone);
+    ``seconds`` is the time the cut model alone took; ``files`` names the images where the batches do.
     """
 
     drift_kl: Column
@@ -40,6 +41,7 @@ class Evaluation:
     dense_top1: Column | None
     dense_loss: Column | None
     seconds: float
+    files: tuple[str, ...] = ()
 
     @property
     def n(self) -> int:
@@ -113,16 +115,20 @@ def evaluate(
     """
     columns: dict[str, list[Tensor]] = {}
     tokens: list[NDArray[np.int64]] = []
+    files: list[str] = []
     seconds = 0.0
     for index, batch in enumerate(batches):
         expected = dense(batch.images) if isinstance(dense, nn.Module) else dense[index]
+        _settle(batch.images)
         started = time.perf_counter()
         outcome = cut.run(batch.images)
+        _settle(outcome.logits)
         seconds += time.perf_counter() - started
         for name, column in _compare(outcome.logits, expected, batch.labels).items():
             columns.setdefault(name, []).append(column.double().cpu())
         columns.setdefault("macs", []).append(torch.from_numpy(outcome.macs).double())
         tokens.append(outcome.traffic.fed)
+        files += getattr(batch, "files", ())
         if progress:
             progress(len(batch.images))
     if not columns:
@@ -137,7 +143,14 @@ def evaluate(
         macs_dense=cut.dense_macs,
         **labelled,
         seconds=seconds,
+        files=tuple(files),
     )
+
+
+def _settle(tensor: Tensor) -> None:
+    """Wait until the device has caught up, so that the clock sees its work."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
 
 
 def _compare(logits: Tensor, expected: Tensor, labels: Tensor | None) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from hesper.plan.show import render
 from hesper.plan.toml import dumps, loads, plan_hash, read_plan
-from hesper.plan.validate import validate
+from hesper.plan.validate import check_budget, validate
 from hesper.plan.vocabulary import (
     SCHEMA,
     Anatomy,
@@ -38,6 +38,7 @@ __all__ = [
     "Provenance",
     "Schedule",
     "TokenCut",
+    "check_budget",
     "dumps",
     "empty_plan",
     "loads",

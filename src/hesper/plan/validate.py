@@ -8,9 +8,9 @@ import numbers
 from collections.abc import Iterator, Sequence
 
 from hesper.errors import UsageError
-from hesper.plan.vocabulary import SCHEMA, Anatomy, HeadCut, Plan, TokenCut
+from hesper.plan.vocabulary import SCHEMA, Anatomy, Budget, HeadCut, Plan, TokenCut
 
-__all__ = ["validate"]
+__all__ = ["check_budget", "validate"]
 
 
 def validate(plan: Plan) -> None:
@@ -29,7 +29,7 @@ def validate(plan: Plan) -> None:
         _check_head_cut(head_cut, f"heads[{index}]", plan.model.anatomy)
     _check_token_total(plan)
     _check_pricing(plan)
-    _check_budget(plan)
+    check_budget(plan.budget)
     _check_evidence(plan)
 
 
@@ -107,16 +107,17 @@ def _check_pricing(plan: Plan) -> None:
         raise UsageError(f"pricing.gamma is {pricing.gamma}; it must be 0 (no token curvature) or more")
 
 
-def _check_budget(plan: Plan) -> None:
-    budget = plan.budget
-    if budget.kind == "macs" and not 0 < budget.value <= 1:
-        raise UsageError(f"budget.value is {budget.value}; a kept share of MACs is above 0 and at most 1")
-    if budget.kind == "loss" and budget.value < 0:
-        raise UsageError(f"budget.value is {budget.value}; a loss budget in nats is 0 or more")
-    if budget.kind == "disagreement" and not 0 <= budget.value <= 1:
-        raise UsageError(f"budget.value is {budget.value}; a share of changed decisions is between 0 and 1")
+def check_budget(budget: Budget) -> None:
+    """Raise UsageError for a value or a confidence that no plan could mean."""
+    value = budget.value
+    if budget.kind == "macs" and not 0 < value <= 1:
+        raise UsageError(f"the kept share of MACs must lie above 0 and be at most 1, not {value:g}; give for example 0.66")
+    if budget.kind == "loss" and not (value > 0 and math.isfinite(value)):
+        raise UsageError(f"the loss budget must be above 0 nats, not {value:g}; give for example 0.02")
+    if budget.kind == "disagreement" and not 0 < value < 1:
+        raise UsageError(f"the share of changed decisions must lie between 0 and 1, not {value:g}; give for example 0.05")
     if not 0 < budget.confidence < 1:
-        raise UsageError(f"budget.confidence is {budget.confidence}; it must lie between 0 and 1, such as 0.95")
+        raise UsageError(f"the confidence must lie between 0 and 1, not {budget.confidence:g}; give for example 0.95")
 
 
 def _check_evidence(plan: Plan) -> None:
