@@ -1,6 +1,6 @@
 """Every criterion, dropping and merging, at 0.8, 0.66 and 0.5 of the MACs, beside random, class attention and ToMe.
 
-    python benchmarks/criteria.py --data DATA --book criteria.jsonl
+    python benchmarks/criteria.py --data DATA --book benchmarks/results/criteria.jsonl [--rows "kl merge,tome"]
 
 No weight of a network is trained. All rows of a model are at equal cost: the dial (or the constant count per block of the
 baselines) is placed so that the mean MACs on the first images of the validation set, deciding included, meet the target; nothing
@@ -37,7 +37,7 @@ def methods() -> dict[str, tuple[str, str]]:
     """Row name to (criterion, combine)."""
     ours = {f"{name} {combine}": (name, combine) for name in ("kl", "ce", "heart") for combine in ("merge", "drop")}
     theirs = {f"{name} {combine}": (name, combine) for name in ("cls", "random") for combine in ("merge", "drop")}
-    return {**ours, **theirs, "tome": ("tome", "merge"), "tome, unread skipped": ("tome", "merge")}
+    return {**ours, **theirs, "tome": ("tome", "merge"), "tome; unread skipped": ("tome", "merge")}
 
 
 def blank(model: OpenModel, row: str) -> Plan:
@@ -99,14 +99,15 @@ def fitted(model: OpenModel, calib: ImageSet, row: str, count: int) -> dict[str,
 
 
 def main() -> None:
-    options = arguments(__doc__.splitlines()[0], book="criteria.jsonl", fit=256)
+    options = arguments(__doc__.splitlines()[0], book="criteria.jsonl", fit=256, rows="")
+    rows = options.rows.split(",") if options.rows else list(methods())
     book, place = Book(Path(options.book)), Place(options.data)
     for key in options.models:
         model = place.model(key)
         val, calib = place.images("val", model), place.images("calib", model)
         probe = list(batches(val, BATCH, indices=range(PROBE)))
         dense: list[torch.Tensor] = []
-        for row in methods():
+        for row in rows:
             wanted = {f"{key} | {row} | {target}": target for target in TARGETS}
             if all(name in book for name in wanted):
                 continue
