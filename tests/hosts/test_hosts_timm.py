@@ -37,8 +37,6 @@ def test_the_halves_compose_to_the_host_bit_for_bit(kind: str) -> None:
     model, images = vit(kind), pictures(3)
     host = open_host(model)
     assert torch.equal(composed(host, images), model(images))
-    stream = host.embed(images)
-    assert torch.equal(host.blocks[0].whole(stream), model.blocks[0](stream))
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_vit4"])

@@ -110,17 +110,12 @@ class GraftedViT(nn.Module):
         return logits, book, maps
 
     def _through(self, index: int, block: HostBlock, stream: Stream, book: _Book) -> None:
-        """One block: the host's own where nothing is special, otherwise its halves with the decision between them."""
-        decides = str(index) in self.deciders
+        """One block's halves, with the decision between them."""
         layout = stream.layout
-        if not decides and stream.size is None and layout.rectangular:
-            book.add(layout.counts, layout.counts, layout.counts)
-            stream.rows = block.whole(layout.by_image(stream.rows)).flatten(0, 1)
-            return
         projected = block.project(stream.rows)
         log_size = None if stream.size is None else stream.size.log()
         stream.add(block.merge_heads(attend(projected, log_size, layout, block.scale)))
-        if decides:
+        if str(index) in self.deciders:
             decider = cast(Decider, self.deciders[str(index)])
             attention = projected.key.new_empty(layout.rows, 0)
             if decider.reads_attention:
@@ -128,7 +123,7 @@ class GraftedViT(nn.Module):
             state = State(stream.rows, projected.normed, projected.key, projected.value, attention, stream.sizes(), layout)
             stream.carry_out(decider(state))
         book.add(layout.counts, layout.counts, stream.layout.counts)
-        stream.add(block.feed(stream.rows))
+        stream.feed(block.feed)
 
     def _traffic(self, book: _Book) -> Traffic:
         """The account of a run: who went where, and what deciding and merging cost each image."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,10 @@ from torch import Tensor
 
 from hesper.graft.deciders import Decision
 from hesper.graft.layout import Layout
+
+# Rows that a feed-forward half takes at once on a CPU: its hidden activations, four times as wide, then stay in cache
+# (measured for widths 192 and 768; all rows at once take one and a half times as long).
+PIECE = 512
 
 
 @dataclass
@@ -32,6 +37,14 @@ class Stream:
         """Add a residual update ``[rows, width]``."""
         # In place unless autograd may need the old rows: a fresh block of memory per half costs more than the sum itself.
         self.rows = self.rows + update if torch.is_grad_enabled() else self.rows.add_(update)
+
+    def feed(self, half: Callable[[Tensor], Tensor]) -> None:
+        """Add the update of a feed-forward ``half``, which treats every row alone."""
+        if torch.is_grad_enabled() or self.rows.device.type != "cpu":
+            self.add(half(self.rows))
+            return
+        for rows in self.rows.split(PIECE):
+            rows.add_(half(rows))
 
     def sizes(self) -> Tensor:
         """``[rows]`` sizes, ones included."""

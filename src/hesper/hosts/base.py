@@ -36,9 +36,6 @@ class HostBlock(Protocol):
     def scale(self) -> float:
         """Factor on the attention logits."""
 
-    def whole(self, stream: Tensor) -> Tensor:
-        """The host's own forward: ``[images, tokens, width]`` to the same."""
-
     def project(self, stream: Tensor) -> Projected:
         """Norm, queries, keys and values of ``[..., width]`` rows."""
 

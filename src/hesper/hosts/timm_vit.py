@@ -33,11 +33,6 @@ class TimmBlock:
         """Factor on the attention logits."""
         return float(self.block.attn.scale)
 
-    def whole(self, stream: Tensor) -> Tensor:
-        """The block's own forward."""
-        out: Tensor = self.block(stream)
-        return out
-
     def project(self, stream: Tensor) -> Projected:
         """Norm, queries, keys and values of ``[..., width]`` rows."""
         attn = self.block.attn
