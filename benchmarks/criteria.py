@@ -22,7 +22,7 @@ from common import Book, Place, arguments, say
 from hesper.data import ImageSet, LoadedBatch, batches
 from hesper.graft import graft
 from hesper.heart.criteria import Criterion
-from hesper.heart.family import every_block
+from hesper.heart.family import deciding_blocks
 from hesper.heart.fit import fit_tables
 from hesper.hosts.open import OpenModel
 from hesper.measure.evaluate import dense_logits, evaluate
@@ -62,8 +62,8 @@ def family(model: OpenModel, row: str) -> Callable[[float], Plan]:
     criterion, combine = methods()[row]
     plan, anatomy = blank(model, row), model.ref.anatomy
     if criterion in ("kl", "ce", "heart"):
-        return lambda dial: replace(plan, tokens=tuple(TokenCut(b, combine, threshold=dial) for b in every_block(anatomy)))
-    blocks = tuple(range(anatomy.depth)) if row == "tome" else every_block(anatomy)
+        return lambda dial: replace(plan, tokens=tuple(TokenCut(b, combine, threshold=dial) for b in deciding_blocks(anatomy, "every")))
+    blocks = tuple(range(anatomy.depth)) if row == "tome" else deciding_blocks(anatomy, "every")
     return lambda dial: constant(plan, combine, dial, blocks)
 
 

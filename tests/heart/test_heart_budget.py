@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hesper.cost import head_macs
 from hesper.errors import JobError, UsageError
 from hesper.heart.budget import check_sample, choose
-from hesper.heart.family import Family, affordable_heads, deciding_blocks, every_block
+from hesper.heart.family import STAGES, Family, affordable_heads, deciding_blocks
 from hesper.heart.fit import Atlas
 from hesper.measure.evaluate import Evaluation
 from hesper.plan import Anatomy, Budget, check_budget, empty_plan
@@ -25,7 +25,7 @@ def family(name="plain", heads="none"):
     atlas = Atlas(torch.zeros(12, 196), torch.arange(36.0).view(12, 3), torch.zeros(12, 3), 8)
     blank = empty_plan("tiny", TINY)
     blank = dataclasses.replace(blank, provenance=dataclasses.replace(blank.provenance, verify_images=200))
-    return Family(name, blank, every_block(TINY), "merge", heads, atlas)
+    return Family(name, blank, deciding_blocks(TINY, "every"), "merge", heads, atlas)
 
 
 def world(n, seed, drift=1.0, spread=0.05):
@@ -134,7 +134,28 @@ def test_a_milder_dial_cuts_no_head_a_stronger_one_keeps():
     assert all(a <= b for a, b in zip(heads, heads[1:], strict=False))
 
 
-def test_blocks_that_nobody_reads_after_are_left_out():
-    assert every_block(TINY) == tuple(range(11))
-    assert every_block(dataclasses.replace(TINY, reads_patches=True)) == tuple(range(12))
-    assert deciding_blocks(TINY, "alternate") == (0, 2, 4, 6, 8, 10)
+def test_deciding_ends_before_the_last_blocks_and_where_nobody_reads_on():
+    assert deciding_blocks(TINY, "every") == tuple(range(10))
+    assert deciding_blocks(TINY, "every-early") == tuple(range(8))
+    assert deciding_blocks(TINY, "alternate") == (0, 2, 4, 6, 8)
+    for depth in range(1, 13):
+        for pooled in (False, True):
+            anatomy = dataclasses.replace(TINY, depth=depth, reads_patches=pooled)
+            for stages in STAGES:
+                blocks = deciding_blocks(anatomy, stages)
+                assert blocks or (depth == 1 and not pooled)
+                assert all(block < depth - (not pooled) for block in blocks)
+
+
+def test_of_equal_drift_the_family_that_decides_less_wins_and_heads_are_tried_on_the_best_blocks_alone():
+    fewer = dataclasses.replace(family("fewer"), blocks=(0, 2, 4, 6))
+    with_heads = [dataclasses.replace(f, heads="static", name=f.name + " and heads") for f in (family("more"), fewer)]
+    seen = []
+
+    def tune(f):
+        seen.append(f.name)
+        return world(100, 1)
+
+    chosen = choose([fewer, with_heads[1], family("more"), with_heads[0]], Budget("macs", 0.6, 0.95), tune, lambda f: world(200, 0))
+    assert chosen.family.blocks == (0, 2, 4, 6)
+    assert "more and heads" not in seen

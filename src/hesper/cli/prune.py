@@ -79,10 +79,10 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
 )
 @click.option(
     "--blocks",
-    type=click.Choice(["auto", "every", "alternate", "third"]),
+    type=click.Choice(["auto", "every", "every-early", "alternate", "alternate-early"]),
     default="auto",
     show_default=True,
-    help="Which blocks let tokens go; auto measures all three.",
+    help="Which blocks let tokens go, up to 5/6 of the depth or (early) 2/3; auto measures all four.",
 )
 @click.option("--rank", type=click.IntRange(1), default=24, show_default=True, metavar="R", help="Dimensions of the curvature metric.")
 @click.option("--gamma", type=float, default=0.35, show_default=True, metavar="G", help="Power of the token curvature.")

@@ -43,7 +43,7 @@ class Stream:
         if torch.is_grad_enabled() or self.rows.device.type != "cpu":
             self.add(half(self.rows))
             return
-        for rows in self.rows.split(PIECE):
+        for rows in torch.split(self.rows, PIECE):
             rows.add_(half(rows))
 
     def sizes(self) -> Tensor:

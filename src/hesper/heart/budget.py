@@ -21,7 +21,10 @@ SMALLEST_DIAL, FIRST_DIAL, LARGEST_DIAL = 1e-9, 1e-5, 1e3
 MOST_TRIALS = 24
 CLOSE, FLAT, NARROW = 0.003, 1e-4, 1.01
 STEPS = 11
-WORTH = 0.1
+# What a decision costs beyond its MACs, in many small steps: half a per cent of the dense model's time in batches of 32, two alone. At
+# equal drift that is so much of the MACs; at equal MACs it is worth a few per cent of drift (around 0.5 to 0.66 of the MACs, drift rises
+# by 6 to 8 % for half a per cent).
+DECISION_MACS, DECISION_DRIFT = 0.005, 1.04
 # Powers of two around the dial that met the budget on fitting images: fixed beforehand, finer where the answer is likely.
 LADDER = (-5.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)
 SIGMAS = (5.0, 4.0, 3.2, 2.6, 2.1, 1.7, 1.3, 0.9)
@@ -107,29 +110,43 @@ def _place_macs(families: Sequence[Family], budget: Budget, tune: Callable[[Fami
     must drift less.
     """
     points: list[OperatingPoint] = []
-    placed: list[tuple[float, float, Family, Evaluation]] = []
+    best: _Placement | None = None
     dial: float | None = None
     for family in families:
-        if placed and family.heads == "static" and dial is not None and not family.head_cuts(dial):
-            continue  # its plans are those of the family just measured
+        if best is not None and _refines_nothing(family, best.family, best.dial):
+            continue
         dial, evaluation, tried = _dial_for_macs(family, tune(family), budget.value, start=dial or FIRST_DIAL)
         points += tried
         if dial is not None:
-            weight = 1 + WORTH * len(family.blocks) / family.blank.model.anatomy.depth
-            placed.append((float(evaluation.drift_kl.mean()) * weight, dial, family, evaluation))
-    if not placed:
+            placed = _Placement(family, dial, evaluation, tuple(tried))
+            best = placed if best is None or placed.weighted_drift < best.weighted_drift else best
+    if best is None:
         least = min(point.macs for point in points)
         raise JobError(f"No plan keeps {budget.value:g} of the MACs; the least that can be had is {least:.3f}.")
-    _, dial, family, evaluation = min(placed, key=lambda entry: entry[0])
     # Two samples of images differ: the tuned mean has its error, and so will the verified one.
-    error = evaluation.kept_macs.stderr * math.sqrt(1 + evaluation.n / family.blank.provenance.verify_images)
-    slope = _slope(points, evaluation.kept_macs.mean)
-    short = evaluation.kept_macs.mean - budget.value
-    return family, [dial * math.exp(min((sigmas * error + short) / slope, 2.0)) for sigmas in SIGMAS], points
+    kept = best.evaluation.kept_macs
+    error = kept.stderr * math.sqrt(1 + best.evaluation.n / best.family.blank.provenance.verify_images)
+    slope, short = _slope(best.tried, kept.mean), kept.mean - budget.value
+    return best.family, [best.dial * math.exp(min((sigmas * error + short) / slope, 2.0)) for sigmas in SIGMAS], points
+
+
+@dataclass(frozen=True, eq=False)
+class _Placement:
+    """A family with the dial that meets the budget on the fitting images, its evaluation there, and all that was tried."""
+
+    family: Family
+    dial: float
+    evaluation: Evaluation
+    tried: tuple[OperatingPoint, ...]
+
+    @property
+    def weighted_drift(self) -> float:
+        """Mean drift, made worse by every decision."""
+        return float(self.evaluation.drift_kl.mean()) * DECISION_DRIFT ** len(self.family.blocks)
 
 
 def _slope(points: Sequence[OperatingPoint], near: float) -> float:
-    """How fast kept MACs fall with the logarithm of the dial around ``near``; a cautious guess where too little was measured."""
+    """How fast a family's kept MACs fall with the logarithm of the dial around ``near``; a cautious guess where too little was measured."""
     close = {(math.log(point.dial), point.macs) for point in points if abs(point.macs - near) < 0.1}
     if len({x for x, _ in close}) < 2:
         return 0.1
@@ -183,8 +200,8 @@ def _place_risk(families: Sequence[Family], budget: Budget, tune: Callable[[Fami
     best: tuple[float, float, Family] | None = None
     dial: float | None = None
     for family in families:
-        if best is not None and family.heads == "static" and dial is not None and not family.head_cuts(dial * 2 ** LADDER[-1]):
-            continue  # its plans are those of the family just measured
+        if best is not None and _refines_nothing(family, best[2], best[1] * 2 ** LADDER[-1]):
+            continue
         trial = tune(family)
         dial, high, macs = 1e-8, LARGEST_DIAL, 1.0
         for _ in range(STEPS):
@@ -195,11 +212,17 @@ def _place_risk(families: Sequence[Family], budget: Budget, tune: Callable[[Fami
                 dial, macs = middle, evaluation.kept_macs.mean
             else:
                 high = middle
-        if best is None or macs < best[0]:
-            best = (macs, dial, family)
+        spent = macs + DECISION_MACS * len(family.blocks)
+        if best is None or spent < best[0]:
+            best = (spent, dial, family)
     assert best is not None
     _, dial, family = best
     return family, [dial * 2**step for step in LADDER], points
+
+
+def _refines_nothing(family: Family, best: Family, dial: float) -> bool:
+    """Whether cutting heads too need not be tried: its blocks are not the best, or at ``dial`` no head is cheap enough."""
+    return bool(family.heads == "static" and family.blocks and (family.blocks != best.blocks or not family.head_cuts(dial)))
 
 
 def _risk(budget: Budget, evaluation: Evaluation) -> float:

@@ -18,7 +18,7 @@ from hesper.graft import GraftedViT, graft
 from hesper.heart.budget import Chosen, Trial, check_sample, choose
 from hesper.heart.calibrate import calibration
 from hesper.heart.criteria import Criterion
-from hesper.heart.family import STRIDES, Counts, Family, Heads, Stride, deciding_blocks
+from hesper.heart.family import STAGES, Counts, Family, Heads, Stages, deciding_blocks
 from hesper.heart.fit import Atlas, Tables, fit_tables, survey
 from hesper.heart.price import plan_price
 from hesper.hosts.open import OpenModel
@@ -47,7 +47,7 @@ class Settings:
     heads: Heads = "static"
     rank: int = 24
     gamma: float = 0.35
-    blocks: Stride | Literal["auto"] = "auto"
+    blocks: Stages | Literal["auto"] = "auto"
     batch_size: int = 32
     seed: int = 0
 
@@ -145,10 +145,11 @@ class _Work:
 
     def _families(self, tables: Tables, atlas: Atlas) -> list[Family]:
         settings, anatomy = self.settings, self.model.ref.anatomy
-        stages = {f"{name} block": deciding_blocks(anatomy, name) for name in STRIDES}
-        names = list(stages) if settings.blocks == "auto" else [f"{settings.blocks} block"]
-        if not settings.tokens:
-            stages, names = {"heads alone": ()}, ["heads alone"]
+        names: list[Stages] = list(STAGES) if settings.blocks == "auto" else [settings.blocks]
+        sets = {deciding_blocks(anatomy, name): name for name in reversed(names)}  # shallow models have the same blocks twice
+        stages: dict[str, tuple[int, ...]] = (
+            {name: blocks for blocks, name in reversed(sets.items())} if settings.tokens else {"heads alone": ()}
+        )
         heads: list[Heads] = ["none", "static"] if settings.heads == "static" and settings.tokens else [settings.heads]
         shape = calibration(
             self.model.host.module,
@@ -159,7 +160,7 @@ class _Work:
         )
         return [
             Family(f"{name}, heads {kind}", self._blank(), stages[name], settings.combine, kind, atlas, shape)
-            for name in names
+            for name in stages
             for kind in heads
         ]
 
