@@ -24,7 +24,7 @@ from hesper.plan import (
 EXAMPLE_ANATOMY = Anatomy(12, 192, 3, 64, 768, 197, 1, 1000, 768, (224, 224), (14, 14), False)
 EXAMPLE_PLAN = Plan(
     model=ModelRef("vit_tiny_patch16_224", "timm", "ab" * 32, EXAMPLE_ANATOMY),
-    pricing=Pricing("kl", 4.0, 48, 0.5),
+    pricing=Pricing("kl", 4.0, 3, 48, 0.5),
     schedule="asymmetric",
     tokens=(TokenCut(3, "merge", threshold=0.001), TokenCut(6, "drop", remove=20)),
     heads=(HeadCut(2, (0, 2)), HeadCut(5, (1,))),
@@ -33,7 +33,7 @@ EXAMPLE_PLAN = Plan(
     expected_loss=Estimate(0.04, 0.001, 200),
     measured=Measured(Estimate(0.6, 0.01, 300), Estimate(0.03, 0.002, 300), Estimate(0.95, 0.01, 300), "KL <= 0.05 with 95 % confidence"),
     points=(OperatingPoint(0.1, 0.9, 0.001, 0.99, 300), OperatingPoint(0.2, 0.6, 0.03, 0.95, 300)),
-    provenance=Provenance("0.1.0", "2.15.0", 0, "cd" * 32, 200, 300, "2026-01-01T00:00:00+00:00"),
+    provenance=Provenance("0.1.0", "2.15.0", "1.0.31", 0, "cd" * 32, 200, 300, "2026-01-01T00:00:00+00:00"),
 )
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

@@ -39,7 +39,7 @@ def test_strings_are_imported_at_first_use_and_objects_given_as_they_are() -> No
 def test_a_taken_name_is_refused() -> None:
     registry: Registry[object] = Registry("tool")
     registry.add("one", len)
-    with pytest.raises(HesperError, match="two tool entries are called 'one'"):
+    with pytest.raises(HesperError, match="Two tool entries are called 'one'"):
         registry.add("one", max)
     assert registry["one"] is len
 
@@ -47,12 +47,12 @@ def test_a_taken_name_is_refused() -> None:
 def test_an_unknown_name_offers_the_nearest() -> None:
     registry: Registry[object] = Registry("criterion")
     registry.add("heart", len)
-    with pytest.raises(UsageError, match="no criterion is called 'haert'; did you mean 'heart'"):
+    with pytest.raises(UsageError, match="The criterion 'haert' is unknown; did you mean 'heart'"):
         registry["haert"]
 
 
 def test_a_missing_package_is_named() -> None:
     registry: Registry[object] = Registry("exporter")
     registry.add("far", "no_such_package_here.sub:thing")
-    with pytest.raises(UsageError, match="exporter 'far' needs the package 'no_such_package_here'"):
+    with pytest.raises(UsageError, match="The exporter 'far' needs the package 'no_such_package_here'"):
         registry["far"]

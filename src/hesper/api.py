@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hesper.data import ImageSet, Skipped, batches, check_labels, class_folders, open_folder, read_class_map
 from hesper.device import use_device
-from hesper.errors import UsageError
+from hesper.errors import HesperError, JobError, UsageError
 from hesper.graft import GraftedViT, graft
 from hesper.heart.gallery import choose_images, make_gallery, save_gallery
 from hesper.heart.prune import Pruned, Settings
@@ -40,6 +40,7 @@ def prune(
     weights: str | Path | None = None,
     class_map: str | Path | None = None,
     data: str | Path | None = None,
+    labelled: bool | None = None,
     device: str = "cpu",
     asked: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -54,8 +55,9 @@ def prune(
         weights: a weights file for a name, instead of timm's pretrained weights.
         class_map: class names by label, one a line; without it the sorted class folders are the classes.
         data: a folder of images to evaluate the pruned model on afterwards; the record gets a second entry.
+        labelled: whether to use the class folders of ``data`` as labels; None finds out.
         device: where to compute, "cpu" or "cuda".
-        asked: what the user asked for, in their words, for the record.
+        asked: what the user asked for, in their words, for the record; without it the arguments of this call.
         progress: told (stage, done, total).
 
     Raises:
@@ -63,21 +65,28 @@ def prune(
         JobError: no plan keeps the budget, the disk is full, or an output is not finite.
     """
     use_device(device)
+    if asked is None:
+        asked = {
+            "model": str(getattr(model, "ref", model)),
+            "calib": str(calib),
+            "data": data and str(data),
+            **dataclasses.asdict(settings),
+        }
     with new_run(out) as folder:
         opened = open_model(model, weights=weights) if isinstance(model, str) else model
         images = _images(calib, opened, class_map, settings.criterion.needs_labels)
         # Opened before the work begins, so that a wrong folder is found out now and not at the end.
-        judged = None if data is None else _images(data, opened, class_map, None)
+        judged = None if data is None else _images(data, opened, class_map, labelled)
         pruned = prune_model(_on(opened, device), dataclasses.replace(images, device=device), settings, progress)
         cut = pruned.model.cpu()
         write_text(folder / PLAN, dumps(pruned.chosen.plan))
         safetensors.torch.save_file(_tensors(opened, cut), folder / MODEL)
         chosen = [pruned.verify[i] for i in choose_images(pruned.chosen.evaluation.macs.tolist())]
         save_gallery(folder, make_gallery(opened, cut, images, chosen))
-        seal(folder, "prune", asked=asked or {}, results=_results(pruned, images, pruned.skipped))
+        seal(folder, "prune", asked=asked, results=_results(pruned, images, pruned.skipped))
         if judged is not None:
             result, skipped = _compare(opened, cut, judged, settings.batch_size, device, progress)
-            append(folder / RECORD, _entry(result, judged, skipped, (asked or {}).get("data", data), settings.batch_size))
+            append(folder / RECORD, _entry(result, judged, skipped, asked.get("data", data), settings.batch_size))
     return open_run(out)
 
 
@@ -130,10 +139,10 @@ def evaluate(
         opened, cut, classes = _open_dense(run), _load(run), _classes_of(run)
     images = _images(data, opened, class_map, labelled, classes)
     result, unread = _compare(opened, cut, images, batch_size, device, progress)
-    if run is not None:
-        append(run.path / RECORD, _entry(result, images, unread, data, batch_size))
     if skipped and (every := (*images.skipped, *unread)):
         skipped(every)
+    if run is not None:
+        _record(run, _entry(result, images, unread, data, batch_size))
     return result
 
 
@@ -168,6 +177,19 @@ def _compare(
     loader = batches(dataclasses.replace(images, device=device), batch_size)
     result = evaluate_model(cut.to(device), _on(opened, device).host.module, loader, step)
     return result, loader.skipped
+
+
+def _record(run: RunFolder, entry: Entry) -> None:
+    """Add an entry to a run's record; where that fails, the error says what would have stood there."""
+    try:
+        append(run.path / RECORD, entry)
+    except (HesperError, OSError) as error:
+        found = entry.results["evaluation"]
+        raise JobError(
+            f"The evaluation is done, but {run.path / RECORD} could not take it ({str(error).rstrip('.')}); it found drift "
+            f"{found['drift_kl']:.4g} nats, agreement {found['agreement']:.4f}, MACs {found['macs_ratio']:.4f} of the dense ones"
+            f"{'' if found['top1'] is None else ', top-1 ' + format(found['top1'], '.4f')} on {found['n']} images."
+        ) from error
 
 
 def _entry(result: Evaluation, images: ImageSet, skipped: Sequence[Skipped], data: object, batch_size: int) -> Entry:

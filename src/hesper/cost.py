@@ -55,7 +55,8 @@ def model_macs(anatomy: Anatomy, heads: Sequence[int], attended: Counts, queries
     """MACs per image of a cut model, the cost of deciding included.
 
     Every matrix product, weighted sum and convolution an image itself needs; not what a ragged batch pads its pairs of tokens to,
-    and, as for the dense model, neither element-wise work (norms, activations, softmax) nor the mean of a pooling classifier.
+    and, as for the dense model, neither element-wise work (norms, activations, softmax, and the factors
+    of a merge's price) nor sums of one vector (squared lengths, the mean of a pooling classifier).
 
     Args:
         anatomy: the dense model's.

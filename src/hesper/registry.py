@@ -55,20 +55,20 @@ class Registry(Generic[T]):
     def add(self, name: str, target: T | str) -> None:
         """Give ``name`` to ``target``; a name that is taken raises HesperError."""
         if name in self._entries:
-            raise HesperError(f"two {self._what} entries are called {name!r}; rename one of them")
+            raise HesperError(f"Two {self._what} entries are called {name!r}; rename one of them.")
         self._entries[name] = target
 
     def __getitem__(self, name: str) -> T:
         """The object called ``name``; UsageError names the nearest ones when there is none, or what must be installed."""
         if name not in self._entries:
-            raise UsageError(f"no {self._what} is called {name!r}; {did_you_mean(name, self)}")
+            raise UsageError(f"The {self._what} {name!r} is unknown; {did_you_mean(name, self)}")
         target = self._entries[name]
         if isinstance(target, str):
             module, _, attribute = target.partition(":")
             try:
                 target = self._entries[name] = cast(T, getattr(importlib.import_module(module), attribute))
             except ModuleNotFoundError as error:
-                raise UsageError(f"{self._what} {name!r} needs the package {error.name!r}; install it first") from error
+                raise UsageError(f"The {self._what} {name!r} needs the package {error.name!r}; install it first.") from error
         return target
 
     def __iter__(self) -> Iterator[str]:

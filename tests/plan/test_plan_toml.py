@@ -143,6 +143,7 @@ def test_a_text_that_says_it_wrong_is_refused(old: str, new: str, message: str) 
         ("heads.0.remove", (-1,), "block 2 has heads 0 to 2"),
         ("heads.0.remove", (0, 1, 2), "removes all 3 heads of block 2; keep at least one"),
         ("pricing.temperature", 0.0, "must be above 0"),
+        ("pricing.draws", 0, "at least 1"),
         ("pricing.rank", 193, "between 0 and the model's width, 192"),
         ("pricing.gamma", -1.0, "pricing.gamma is -1.0"),
         ("budget", Budget("macs", 1.5, 0.95), "above 0 and be at most 1"),

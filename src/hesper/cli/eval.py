@@ -16,6 +16,7 @@ from hesper.cli.options import (
     with_class_map,
     with_device,
     with_json,
+    with_labels,
     with_weights,
 )
 from hesper.cli.progress import Stages
@@ -32,7 +33,7 @@ __all__ = ["evaluate", "table"]
 @click.option("--data", type=file_path(), required=True, metavar="DIR", help="Images; with class folders they are labelled.")
 @with_weights
 @with_class_map
-@click.option("--labels/--no-labels", default=None, help="Whether class folders are labels; found out if neither is given.")
+@with_labels
 @with_batch_size
 @with_device
 @with_json

@@ -33,7 +33,7 @@ class Failure(click.ClickException):
             return cls("The disk is full; free some space and run again.")
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             return cls(f"{error.filename}: {error.strerror.lower()}.")
-        if isinstance(error, MemoryError):
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             return cls("There is not enough memory; give a smaller --batch-size.")
         lines = str(error).strip().splitlines()
         what = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -18,6 +18,7 @@ __all__ = [
     "with_class_map",
     "with_device",
     "with_json",
+    "with_labels",
     "with_weights",
 ]
 
@@ -45,6 +46,12 @@ def with_class_map(command: F) -> F:
     """--class-map FILE."""
     text = "The model's class names in order, one a line (of 'n01440764 tench' the first word counts): which class folder has which label."
     return click.option("--class-map", type=file_path(), metavar="FILE", help=text)(command)
+
+
+def with_labels(command: F) -> F:
+    """--labels/--no-labels, for the images of --data."""
+    text = "Whether the class folders of --data are labels; found out if neither is given."
+    return click.option("--labels/--no-labels", default=None, help=text)(command)
 
 
 def with_batch_size(command: F) -> F:

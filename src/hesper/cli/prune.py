@@ -17,6 +17,7 @@ from hesper.cli.options import (
     with_class_map,
     with_device,
     with_json,
+    with_labels,
     with_weights,
 )
 from hesper.cli.progress import Stages
@@ -49,6 +50,7 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
 @click.option("--max-disagreement", type=float, metavar="P", help="Budget: change at most this share of the top-1 decisions.")
 @click.option("--confidence", type=float, default=0.95, show_default=True, metavar="C", help="With which the budget must hold.")
 @click.option("--data", type=file_path(), metavar="DIR", help="Evaluate on these images afterwards; the record gets an entry.")
+@with_labels
 @with_weights
 @with_class_map
 @click.option(
@@ -79,10 +81,10 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
 )
 @click.option(
     "--blocks",
-    type=click.Choice(["auto", "every", "every-early", "alternate", "alternate-early"]),
+    type=click.Choice(["auto", "every", "every-early", "every-late", "alternate", "alternate-early"]),
     default="auto",
     show_default=True,
-    help="Which blocks let tokens go, up to 5/6 of the depth or (early) 2/3; auto measures all four.",
+    help="Which blocks let tokens go, up to 5/6 of the depth (early: 2/3, late: from 1/4); auto measures all.",
 )
 @click.option("--rank", type=click.IntRange(1), default=24, show_default=True, metavar="R", help="Dimensions of the curvature metric.")
 @click.option("--gamma", type=float, default=0.35, show_default=True, metavar="G", help="Power of the token curvature.")
@@ -109,6 +111,7 @@ def prune(**options: Any) -> None:
             weights=options["weights"],
             class_map=options["class_map"],
             data=options["data"],
+            labelled=options["labels"],
             device=options["device"],
             asked=_asked(options),
             progress=stages,

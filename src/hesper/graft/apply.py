@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
@@ -12,10 +12,9 @@ from hesper.graft.deciders import CurvatureMerge, KeyMerge, RandomScore, ReaderA
 from hesper.graft.model import GraftedViT
 from hesper.hosts import Host, open_host
 from hesper.plan import Plan, TokenCut, validate
-from hesper.registry import did_you_mean
+from hesper.registry import Registry
 
 CURVATURE = ("kl", "ce", "heart")
-BASELINES = ("tome", "cls", "random")
 
 
 def graft(module: nn.Module, plan: Plan, tables: Mapping[str, Tensor] | None = None) -> GraftedViT:
@@ -74,21 +73,37 @@ def _criterion(plan: Plan) -> str:
 
 
 def _decider(cut: TokenCut, plan: Plan, tables: Mapping[str, Tensor]) -> nn.Module:
-    anatomy, criterion = plan.model.anatomy, _criterion(plan)
-    if criterion in CURVATURE and cut.combine == "merge":
-        assert plan.pricing is not None
-        return CurvatureMerge(cut, plan.pricing.gamma, _tables(cut, plan, tables))
-    if criterion in CURVATURE:
-        return ScoredCut(cut, RoutedSensitivity(_tables(cut, plan, tables)), anatomy.head_dim)
-    if criterion == "tome" and cut.combine == "merge":
-        return KeyMerge(cut, anatomy.head_dim)
-    if criterion == "tome":
+    return _builders[_criterion(plan)](cut, plan, tables)
+
+
+def _by_curvature(cut: TokenCut, plan: Plan, tables: Mapping[str, Tensor]) -> nn.Module:
+    own = _tables(cut, plan, tables)
+    if cut.combine == "merge" and plan.pricing is not None:
+        return CurvatureMerge(cut, plan.pricing.gamma, own)
+    return ScoredCut(cut, RoutedSensitivity(own), plan.model.anatomy.head_dim)
+
+
+def _by_key(cut: TokenCut, plan: Plan, _: Mapping[str, Tensor]) -> nn.Module:
+    if cut.combine != "merge":
         raise UsageError(f"The criterion 'tome' merges and cannot {cut.combine} tokens; use combine = 'merge' or another criterion.")
-    if criterion == "cls":
-        return ScoredCut(cut, ReaderAttention(), anatomy.head_dim)
-    if criterion == "random":
-        return ScoredCut(cut, RandomScore(plan.provenance.seed * anatomy.depth + cut.block, anatomy.tokens), anatomy.head_dim)
-    raise UsageError(f"The criterion '{criterion}' is unknown; {did_you_mean(criterion, (*CURVATURE, *BASELINES))}")
+    return KeyMerge(cut, plan.model.anatomy.head_dim)
+
+
+def _by_attention(cut: TokenCut, plan: Plan, _: Mapping[str, Tensor]) -> nn.Module:
+    return ScoredCut(cut, ReaderAttention(), plan.model.anatomy.head_dim)
+
+
+def _at_random(cut: TokenCut, plan: Plan, _: Mapping[str, Tensor]) -> nn.Module:
+    anatomy = plan.model.anatomy
+    return ScoredCut(cut, RandomScore(plan.provenance.seed * anatomy.depth + cut.block, anatomy.tokens), anatomy.head_dim)
+
+
+_builders: Registry[Callable[[TokenCut, Plan, Mapping[str, Tensor]], nn.Module]] = Registry("criterion")
+for _name in CURVATURE:
+    _builders.add(_name, _by_curvature)
+_builders.add("tome", _by_key)
+_builders.add("cls", _by_attention)
+_builders.add("random", _at_random)
 
 
 def _tables(cut: TokenCut, plan: Plan, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:

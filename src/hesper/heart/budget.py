@@ -25,6 +25,7 @@ STEPS = 11
 # equal drift that is so much of the MACs; at equal MACs it is worth a few per cent of drift (around 0.5 to 0.66 of the MACs, drift rises
 # by 6 to 8 % for half a per cent).
 DECISION_MACS, DECISION_DRIFT = 0.005, 1.04
+IMPERCEPTIBLE = 0.0005  # nats of drift that no decision is worth
 # Powers of two around the dial that met the budget on fitting images: fixed beforehand, finer where the answer is likely.
 LADDER = (-5.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)
 SIGMAS = (5.0, 4.0, 3.2, 2.6, 2.1, 1.7, 1.3, 0.9)
@@ -142,7 +143,8 @@ class _Placement:
     @property
     def weighted_drift(self) -> float:
         """Mean drift, made worse by every decision."""
-        return float(self.evaluation.drift_kl.mean()) * DECISION_DRIFT ** len(self.family.blocks)
+        decisions = len(self.family.blocks)
+        return (float(self.evaluation.drift_kl.mean()) + IMPERCEPTIBLE * decisions) * DECISION_DRIFT**decisions
 
 
 def _slope(points: Sequence[OperatingPoint], near: float) -> float:

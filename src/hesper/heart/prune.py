@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -167,9 +168,16 @@ class _Work:
     def _blank(self) -> Plan:
         settings = self.settings
         anatomy = self.model.ref.anatomy
-        pricing = Pricing(settings.criterion.name, settings.criterion.temperature, settings.rank, settings.gamma)
+        pricing = Pricing(settings.criterion.name, settings.criterion.temperature, settings.criterion.draws, settings.rank, settings.gamma)
         provenance = Provenance(
-            hesper.__version__, torch.__version__, settings.seed, self.images.sha256, len(self.fit), len(self.verify), utc_now()
+            hesper.__version__,
+            torch.__version__,
+            version("timm"),
+            settings.seed,
+            self.images.sha256,
+            len(self.fit),
+            len(self.verify),
+            utc_now(),
         )
         skip_unread = settings.tokens and not anatomy.reads_patches
         return Plan(self.model.ref, pricing, settings.schedule, (), (), skip_unread, settings.budget, None, None, (), provenance)
@@ -193,7 +201,7 @@ class _Work:
         """Batches that report progress as they are taken."""
         done = 0
         self.report(stage, 0, len(indices))
-        loader = batches(self.images, size or self.settings.batch_size, indices=indices)
+        loader = batches(self.images, min(size or self.settings.batch_size, self.settings.batch_size), indices=indices)
         for batch in loader:
             yield batch
             done += len(batch.images)

@@ -145,6 +145,8 @@ def _check_name(name: str) -> None:
 def _pretrained(name: str) -> nn.Module:
     if not timm.is_model_pretrained(name):
         raise UsageError(f"timm has no pretrained weights for {name}; give a file with --weights.")
+    with torch.device("meta"):
+        TimmViT(timm.create_model(name, pretrained=False))  # an unsupported model is refused before its weights are fetched
     try:
         module: nn.Module = timm.create_model(name, pretrained=True)
     except Exception as error:  # hub, network and disk each raise their own kinds

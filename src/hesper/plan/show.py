@@ -28,7 +28,7 @@ def _title(plan: Plan) -> list[str]:
     return [
         f"Plan {plan_hash(plan)[:12]} for {plan.model.name} ({plan.model.library})",
         *_labelled("model", shape),
-        *_labelled("made", f"{made.created}, hesper {made.hesper}, torch {made.torch}, seed {made.seed}"),
+        *_labelled("made", f"{made.created}, hesper {made.hesper}, torch {made.torch}, timm {made.timm}, seed {made.seed}"),
         *_labelled("data", f"{made.data_sha256[:12]}: {made.fit_images} images to fit, {made.verify_images} to verify"),
     ]
 
@@ -37,7 +37,8 @@ def _asked(plan: Plan) -> list[str]:
     lines = _labelled("asked", f"{_budget(plan.budget)}, {plan.schedule} schedule")
     if plan.pricing is not None:
         pricing = plan.pricing
-        text = f"criterion {pricing.criterion}, T = {pricing.temperature:g}, rank {pricing.rank}, gamma {pricing.gamma:g}"
+        how = f"T = {pricing.temperature:g}, {pricing.draws} draws, rank {pricing.rank}, gamma {pricing.gamma:g}"
+        text = f"criterion {pricing.criterion}, {how}"
         lines += _labelled("priced", text)
     if plan.expected_loss is not None:
         lines += _labelled("expected", f"loss {_estimate(plan.expected_loss, ' nats')}")

@@ -101,6 +101,8 @@ def _check_pricing(plan: Plan) -> None:
         return
     if pricing.temperature <= 0:
         raise UsageError(f"pricing.temperature is {pricing.temperature}; it must be above 0 (1 leaves the logits as they are)")
+    if pricing.draws < 1:
+        raise UsageError(f"pricing.draws is {pricing.draws}; it must be at least 1")
     if not 0 <= pricing.rank <= width:
         raise UsageError(f"pricing.rank is {pricing.rank}; it must be between 0 and the model's width, {width}")
     if pricing.gamma < 0:

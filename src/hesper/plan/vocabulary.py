@@ -65,10 +65,14 @@ class HeadCut:
 
 @dataclass(frozen=True)
 class Pricing:
-    """How tokens are priced online: the criterion behind metric and router, the metric's rank, the power of the token curvature."""
+    """How tokens are priced online.
+
+    The criterion behind metric and router with its temperature and draws per image, the metric's rank, the power of the token curvature.
+    """
 
     criterion: str
     temperature: float
+    draws: int
     rank: int
     gamma: float
 
@@ -118,6 +122,7 @@ class Provenance:
 
     hesper: str
     torch: str
+    timm: str
     seed: int
     data_sha256: str
     fit_images: int
@@ -161,5 +166,5 @@ def empty_plan(name: str, anatomy: Anatomy) -> Plan:
         expected_loss=None,
         measured=None,
         points=(),
-        provenance=Provenance("", "", 0, "", 0, 0, ""),
+        provenance=Provenance("", "", "", 0, "", 0, 0, ""),
     )
