@@ -2,9 +2,9 @@
 
     python benchmarks/speed.py --data DATA --runs RUN RUN
 
-Dense and pruned models take turns on the same batches; the speed-up is the ratio of median times with its bootstrap 95 % interval,
-the MAC ratio counts what ran on exactly these images, deciding included. Also the cost of an empty plan over the bare host. Let
-nothing else run meanwhile. Takes about ten minutes for four runs on two cores.
+Dense and pruned models take turns on the same batches; the speed-up is the median over rounds of the ratio of their times, with its
+bootstrap 95 % interval; the MAC ratio counts what ran on exactly these images, deciding included. Also the cost of an empty plan over
+the bare host. Let nothing else run meanwhile. Takes about twelve minutes for six runs on two cores.
 """
 
 from __future__ import annotations
