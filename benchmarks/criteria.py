@@ -21,7 +21,7 @@ from common import Book, Place, arguments, say
 from scipy.optimize import brentq
 
 from hesper.data import ImageSet, LoadedBatch, batches
-from hesper.graft import graft
+from hesper.graft import CURVATURE, graft
 from hesper.heart.criteria import Criterion
 from hesper.heart.family import deciding_blocks
 from hesper.heart.fit import fit_tables
@@ -36,7 +36,7 @@ PROBE = 96
 
 def methods() -> dict[str, tuple[str, str]]:
     """Row name to (criterion, combine)."""
-    ours = {f"{name} {combine}": (name, combine) for name in ("kl", "ce", "heart") for combine in ("merge", "drop")}
+    ours = {f"{name} {combine}": (name, combine) for name in CURVATURE for combine in ("merge", "drop")}
     theirs = {f"{name} {combine}": (name, combine) for name in ("cls", "random") for combine in ("merge", "drop")}
     return {**ours, **theirs, "tome": ("tome", "merge"), "tome; unread skipped": ("tome", "merge")}
 
@@ -62,7 +62,7 @@ def family(model: OpenModel, row: str) -> Callable[[float], Plan]:
     """Dial to plan: nats for the criteria, tokens per block for the baselines."""
     criterion, combine = methods()[row]
     plan, anatomy = blank(model, row), model.ref.anatomy
-    if criterion in ("kl", "ce", "heart"):
+    if criterion in CURVATURE:
         return lambda dial: replace(plan, tokens=tuple(TokenCut(b, combine, threshold=dial) for b in deciding_blocks(anatomy, "every")))
     blocks = tuple(range(anatomy.depth)) if row == "tome" else deciding_blocks(anatomy, "every")
     return lambda dial: constant(plan, combine, dial, blocks)
@@ -102,7 +102,7 @@ def kept_on(
 def fitted(model: OpenModel, calib: ImageSet, row: str, count: int) -> dict[str, torch.Tensor]:
     """The tables of a criterion, fitted on images spread over the calibration folder; none for the baselines."""
     criterion, combine = methods()[row]
-    if criterion not in ("kl", "ce", "heart"):
+    if criterion not in CURVATURE:
         return {}
     seen = batches(calib, 16, indices=range(0, len(calib), max(1, len(calib) // count)))
     return fit_tables(model.host, seen, Criterion(criterion, draws=3), combine, RANK, torch.Generator().manual_seed(0)).tensors

@@ -18,7 +18,7 @@ from hesper.cli import main
 CLASSES = ("ant", "bee", "cat")
 NAME = "test_vit"
 # The quickest settings: one family, few Fisher samples.
-QUICK = ("--blocks", "alternate", "--heads", "none", "--draws", "1", "--batch-size", "8", "--rank", "4")
+QUICK = ("--blocks", "alternate-early", "--heads", "none", "--draws", "1", "--batch-size", "8", "--rank", "4")
 
 
 def write_images(folder: Path, per_class: int, classes: tuple[str, ...] = CLASSES, seed: int = 0) -> Path:

@@ -92,7 +92,7 @@ def plans(draw: st.DrawFn) -> Plan:
     anatomy = draw(anatomies)
     blocks = st.lists(st.integers(0, anatomy.depth - 1), unique=True).map(sorted)
     heads = st.lists(st.integers(0, anatomy.heads - 1), unique=True, min_size=1, max_size=anatomy.heads - 1).map(sorted).map(tuple)
-    pricing = draw(st.none() | st.builds(Pricing, words, st.floats(1e-6, 100), st.integers(0, anatomy.width), amounts))
+    pricing = draw(st.none() | st.builds(Pricing, words, st.floats(1e-6, 100), st.integers(1, 64), st.integers(0, anatomy.width), amounts))
     return Plan(
         model=draw(st.builds(ModelRef, words, words, words, st.just(anatomy))),
         pricing=pricing,

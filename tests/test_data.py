@@ -249,7 +249,8 @@ def test_sizes_below_one_are_refused(folder: Path, sizes: tuple[int, int]) -> No
 
 
 def of_length(count: int) -> ImageSet:
-    return ImageSet(Path(), tuple(map(str, range(count))), None, (), (), "", to_tensor)
+    digests = tuple(number.to_bytes(4, "big") for number in range(count))
+    return ImageSet(Path(), tuple(map(str, range(count))), None, (), (), "", to_tensor, digests)
 
 
 @given(st.integers(20, 300), st.integers(0, 2**32), st.lists(st.integers(1, 5), min_size=1, max_size=4))

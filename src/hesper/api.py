@@ -23,7 +23,21 @@ from hesper.hosts.open import OpenModel, build, open_model, wrap
 from hesper.measure.evaluate import Evaluation
 from hesper.measure.evaluate import evaluate as evaluate_model
 from hesper.plan import Plan, dumps, empty_plan
-from hesper.runs import MODEL, PLAN, RECORD, Entry, RunFolder, append, environment, new_run, open_run, seal, utc_now, write_text
+from hesper.runs import (
+    MODEL,
+    PLAN,
+    RECORD,
+    Entry,
+    RunFolder,
+    append,
+    environment,
+    new_run,
+    once_written,
+    open_run,
+    seal,
+    utc_now,
+    write_text,
+)
 
 Progress = Callable[[str, int, int], None]
 DECIDERS = "deciders."
@@ -66,12 +80,10 @@ def prune(
     """
     use_device(device)
     if asked is None:
-        asked = {
-            "model": str(getattr(model, "ref", model)),
-            "calib": str(calib),
-            "data": data and str(data),
-            **dataclasses.asdict(settings),
-        }
+        given = {"calib": calib, "out": out, "weights": weights, "class_map": class_map, "data": data}
+        paths = {name: None if path is None else str(path) for name, path in given.items()}
+        name = model if isinstance(model, str) else model.ref.name
+        asked = {"model": name, **paths, "labels": labelled, "device": device, **dataclasses.asdict(settings)}
     with new_run(out) as folder:
         opened = open_model(model, weights=weights) if isinstance(model, str) else model
         images = _images(calib, opened, class_map, settings.criterion.needs_labels)
@@ -84,9 +96,10 @@ def prune(
         chosen = [pruned.verify[i] for i in choose_images(pruned.chosen.evaluation.macs.tolist())]
         save_gallery(folder, make_gallery(opened, cut, images, chosen))
         seal(folder, "prune", asked=asked, results=_results(pruned, images, pruned.skipped))
-        if judged is not None:
+    if judged is not None:
+        with once_written(f"the run {out} is complete but for its evaluation, which 'hesper eval {out} --data {data}' makes"):
             result, skipped = _compare(opened, cut, judged, settings.batch_size, device, progress)
-            append(folder / RECORD, _entry(result, judged, skipped, asked.get("data", data), settings.batch_size))
+            append(Path(out) / RECORD, _entry(result, judged, skipped, asked.get("data", data), settings.batch_size))
     return open_run(out)
 
 
@@ -215,6 +228,8 @@ def _images(
             f"{folder} has {len(images.classes)} class folders and the model {wanted} classes, so folders alone do not say which label "
             "each has; give --class-map, a text file with the model's class names in order, one a line."
         )
+    if labelled and names is not None and len(names) != wanted:
+        raise UsageError(f"The class map names {len(names)} classes and the model has {wanted}; give the model's own class map.")
     if not labelled and names is None and len(folders := class_folders(Path(folder))) == wanted:
         # Not needed now, but an evaluation on another folder can then tell which class is which.
         images = dataclasses.replace(images, classes=folders)

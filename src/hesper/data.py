@@ -59,7 +59,7 @@ class ImageSet:
     """Images of a folder by sorted relative path; ``labels`` index ``classes``; ``sha256`` covers names and contents.
 
     ``skipped`` holds what is no image by its name; files that fail to decode are found by ``batches``. ``device`` is where batches
-    are put, in torch's words.
+    are put, in torch's words. ``digests`` are the files' SHA-256, ``sha256`` that of all with their names.
     """
 
     root: Path
@@ -69,6 +69,7 @@ class ImageSet:
     skipped: tuple[Skipped, ...]
     sha256: str
     transform: Transform
+    digests: tuple[bytes, ...]
     device: str = "cpu"
 
     def __len__(self) -> int:
@@ -108,7 +109,7 @@ def open_folder(path: str | Path, *, transform: Transform, class_map: Sequence[s
     labels = tuple(label_of[_class_of(name)] for name in digests) if labelled else None
     total = hashlib.sha256(b"".join(os.fsencode(name) + b"\0" + digest for name, digest in digests.items()))
     in_order = tuple(sorted(skipped, key=lambda skip: skip.file))
-    return ImageSet(root, tuple(digests), labels, classes, in_order, total.hexdigest(), transform)
+    return ImageSet(root, tuple(digests), labels, classes, in_order, total.hexdigest(), transform, tuple(digests.values()))
 
 
 def read_class_map(path: str | Path) -> tuple[str, ...]:

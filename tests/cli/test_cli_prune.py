@@ -36,7 +36,7 @@ def test_the_record_says_what_was_asked_and_holds_the_evaluation(pruned: tuple[P
     out, result = pruned
     first, second = open_run(out).entries
     assert first.asked["macs"] == 0.9 and first.asked["criterion"] == "kl"
-    assert first.asked["command"].startswith(f"hesper prune {NAME} --calib ") and "--blocks alternate" in first.asked["command"]
+    assert first.asked["command"].startswith(f"hesper prune {NAME} --calib ") and "--blocks alternate-early" in first.asked["command"]
     assert "--temperature" not in first.asked["command"]
     assert second.kind == "eval" and second.results["evaluation"]["n"] == 24
     assert "top-1" in result.stdout
@@ -68,6 +68,26 @@ def test_runs_with_removed_heads_load_and_evaluate(tmp_path: Path, weights: Path
     again = hesper("eval", out, "--data", images, "--json")
     assert again.exit_code == 0, again.stderr
     assert json.loads(again.stdout)["macs_ratio"] < 1
+
+
+def test_a_failed_evaluation_leaves_the_finished_run(tmp_path: Path, weights: Path, images: Path) -> None:
+    out, data = tmp_path / "run", tmp_path / "data"
+    (data / "ant").mkdir(parents=True)
+    (data / "ant" / "broken.png").write_bytes(b"no picture")
+    words = ("prune", NAME, "--weights", weights, "--calib", images, "--macs", 0.9, "--out", out, "--data", data, "--no-labels")
+    said = sentence(hesper(*words, *QUICK), 1)
+    assert "can be decoded" in said and "complete but for its evaluation" in said
+    assert [entry.kind for entry in open_run(out).entries] == ["prune"]
+
+
+def test_copies_of_fitting_images_do_not_verify(tmp_path: Path, weights: Path, images: Path) -> None:
+    calib = shutil.copytree(images, tmp_path / "calib")
+    for file in sorted(calib.rglob("*.png")):
+        shutil.copy(file, file.with_name(f"copy-{file.name}"))
+    result = hesper("prune", NAME, "--weights", weights, "--calib", calib, "--macs", 0.9, "--out", tmp_path / "run", *QUICK)
+    assert result.exit_code == 0, result.stderr
+    made = open_run(tmp_path / "run").plan.provenance
+    assert made.fit_images == 24 and made.verify_images < 24
 
 
 def test_unreadable_files_are_named_skipped_and_counted(tmp_path: Path, weights: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -52,6 +53,26 @@ def test_eval_of_a_run_prints_the_contract_and_records_it(tmp_path: Path, pruned
     assert all(isinstance(found[key], (int, float)) for key in CONTRACT)
     assert found["n"] == 24 and found["skipped"] == 1 and found["macs_mean"] < found["macs_dense"]
     assert len(open_run(run).entries) == len(open_run(pruned[0]).entries) + 1
+
+
+def test_an_evaluation_that_cannot_be_recorded_says_what_it_found(
+    tmp_path: Path, pruned: tuple[Path, Result], images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(pruned[0], tmp_path / "run")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hesper.runs.record.write_text", full)
+    said = sentence(hesper("eval", run, "--data", images), 1)
+    assert "No space left" in said and "it found drift" in said and "on 24 images" in said
+    assert open_run(run).entries == open_run(pruned[0]).entries
+
+
+def test_a_class_map_of_another_length_is_refused(tmp_path: Path, weights: Path, images: Path) -> None:
+    (tmp_path / "names.txt").write_text("ant\nbee\ncat\ndog\n")
+    said = sentence(hesper("eval", NAME, "--weights", weights, "--data", images, "--class-map", tmp_path / "names.txt"), 2)
+    assert "names 4 classes and the model has 3" in said
 
 
 def test_eval_of_a_dense_model_drifts_nowhere(weights: Path, images: Path) -> None:

@@ -145,6 +145,17 @@ def test_what_is_decided_is_done(kind: str, criterion: str, combine: Any, adapti
 
 
 @torch.no_grad()
+def test_feeding_rows_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = grafted("plain", DOUBLE, "kl", cuts_of("merge", [0, 1, 2], threshold=2.0)), pictures(4, DOUBLE)
+    whole = model.run(images)
+    sizes: list[int] = []
+    model.network.blocks[0].mlp.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    monkeypatch.setattr("hesper.graft.stream.PIECE", 7)
+    torch.testing.assert_close(model.run(images).logits, whole.logits, rtol=1e-12, atol=1e-12)
+    assert max(sizes) == 7 and sum(sizes) == whole.traffic.fed[:, 0].sum()
+
+
+@torch.no_grad()
 def test_a_merge_keeps_the_mass_of_every_image() -> None:
     model, images = grafted("plain", DOUBLE, "kl", cuts_of("merge", [0, 1, 2], threshold=2.0)), pictures(4, DOUBLE)
     watch = Watch(model)

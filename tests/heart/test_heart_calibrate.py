@@ -1,5 +1,7 @@
 """Fixed counts and symmetric schedules made from an adaptive plan."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,12 @@ def setting(combine, counts, schedule):
 
 def test_adaptive_and_asymmetric_is_what_the_family_gives_already():
     assert setting("merge", "adaptive", "asymmetric")[3] is None
+
+
+@pytest.mark.parametrize("counts", ["adaptive", "fixed"])
+def test_a_plan_that_cuts_no_token_stays_one(counts):
+    _, plan, _, shape = setting("merge", counts, "symmetric")
+    assert shape(replace(plan, tokens=())) == ()
 
 
 @pytest.mark.parametrize("combine", ["merge", "drop"])

@@ -15,6 +15,7 @@ from hesper.errors import UsageError
 from hesper.graft.attention import attend
 from hesper.graft.layout import Layout
 from hesper.hosts import Host, open_host
+from hesper.hosts.open import open_model
 from hesper.plan import Anatomy
 from vits import KINDS, REMOVABLE, pictures, vit
 
@@ -88,6 +89,18 @@ def test_other_models_are_refused_by_name(name: str) -> None:
     model = timm.create_model(name)
     with pytest.raises(UsageError, match=f"type {type(model).__name__} is not supported, since"):
         open_host(model)
+
+
+def test_an_unsupported_model_is_refused_before_its_weights_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = timm.create_model
+
+    def create(name: str, pretrained: bool = False, **options: Any) -> Any:
+        assert not pretrained, "its weights were asked for"
+        return make(name, pretrained=False, **options)
+
+    monkeypatch.setattr("timm.create_model", create)
+    with pytest.raises(UsageError, match="SwinTransformer is not supported"):
+        open_model("swin_tiny_patch4_window7_224")
 
 
 def test_blocks_altered_by_hand_are_refused() -> None:

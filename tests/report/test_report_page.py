@@ -33,7 +33,7 @@ def run(tmp_path_factory):
     hostile = images / CLASSES[0] / "<script>alert(1)</script>&amp;.png".replace("/", "_")
     Image.fromarray(np.zeros((24, 24, 3), dtype=np.uint8)).save(hostile)
     settings = package.Settings(
-        Budget("macs", 0.9, 0.9), package.Criterion(draws=1), rank=4, heads="none", blocks="alternate", batch_size=8
+        Budget("macs", 0.9, 0.9), package.Criterion(draws=1), rank=4, heads="none", blocks="alternate-early", batch_size=8
     )
     package.prune(NAME, weights=write_weights(root / "w.safetensors"), calib=images, data=images, out=root / "run", settings=settings)
     return root / "run"

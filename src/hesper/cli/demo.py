@@ -19,7 +19,7 @@ __all__ = ["demo"]
 
 @click.command(short_help="The whole story on real digits, in two minutes.", epilog=example("hesper demo --out digits"))
 @click.option("--out", type=file_path(), default=Path("hesper-demo"), show_default=True, metavar="DIR", help="The folder to make.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="For all that is random.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, metavar="N", help="For all that is random.")
 @with_json
 def demo(out: Path, seed: int, json_: bool) -> None:
     """Train a small vision transformer on real digits, prune it within a loss budget, and show what that changed.

@@ -21,7 +21,6 @@ from hesper.cli.options import (
     with_weights,
 )
 from hesper.cli.progress import Stages
-from hesper.cli.signals import once_written
 from hesper.errors import UsageError
 
 if TYPE_CHECKING:
@@ -81,16 +80,16 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
 )
 @click.option(
     "--blocks",
-    type=click.Choice(["auto", "every", "every-early", "every-late", "alternate", "alternate-early"]),
+    type=click.Choice(["auto", "every", "every-late", "every-early", "alternate-early", "alternate-middle", "third-middle"]),
     default="auto",
     show_default=True,
-    help="Which blocks let tokens go, up to 5/6 of the depth (early: 2/3, late: from 1/4); auto measures all.",
+    help="Which blocks let tokens go, up to 5/6 of the depth; early: 2/3, late: from 1/4, middle: both. auto measures all.",
 )
 @click.option("--rank", type=click.IntRange(1), default=24, show_default=True, metavar="R", help="Dimensions of the curvature metric.")
 @click.option("--gamma", type=float, default=0.35, show_default=True, metavar="G", help="Power of the token curvature.")
 @with_batch_size
 @with_device
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="For all that is random.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, metavar="N", help="For all that is random.")
 @with_json
 def prune(**options: Any) -> None:
     """Prune MODEL, a timm name, within a budget, and write a run folder: plan, weights, record and report.
@@ -124,7 +123,7 @@ def prune(**options: Any) -> None:
 def write_report_in(run: RunFolder) -> None:
     """Put ``report.html`` into a finished run folder; whatever stops that, the run is complete."""
     from hesper.report import write_report
-    from hesper.runs import REPORT
+    from hesper.runs import REPORT, once_written
 
     with once_written(f"the run {run.path} is complete but for its report, which 'hesper report {run.path} --out report.html' makes"):
         write_report([run.path], run.path / REPORT)

@@ -8,9 +8,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from hesper.errors import JobError
-
-__all__ = ["interruptible", "once_written"]
+__all__ = ["interruptible"]
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 
@@ -39,12 +37,3 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def once_written(what: str) -> Iterator[None]:
-    """For what comes after the result is safe: an interruption then says so instead of "nothing was written"."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise JobError(f"interrupted; {what}.") from error

@@ -40,7 +40,7 @@ class Stream:
 
     def feed(self, half: Callable[[Tensor], Tensor]) -> None:
         """Add the update of a feed-forward ``half``, which treats every row alone."""
-        if torch.is_grad_enabled() or self.rows.device.type != "cpu":
+        if len(self.rows) <= PIECE or torch.is_grad_enabled() or self.rows.device.type != "cpu":
             self.add(half(self.rows))
             return
         for rows in torch.split(self.rows, PIECE):

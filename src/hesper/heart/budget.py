@@ -1,4 +1,4 @@
-"""From a family to a plan: predictions place the dial, measurement on images that fitted nothing decides."""
+"""From families to a plan: measurement on fitting images places the dial, measurement on images that fitted nothing decides."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS = 11
 # equal drift that is so much of the MACs; at equal MACs it is worth a few per cent of drift (around 0.5 to 0.66 of the MACs, drift rises
 # by 6 to 8 % for half a per cent).
 DECISION_MACS, DECISION_DRIFT = 0.005, 1.04
-IMPERCEPTIBLE = 0.0005  # nats of drift that no decision is worth
+IMPERCEPTIBLE = 0.001  # nats of drift that no decision is worth
 # Powers of two around the dial that met the budget on fitting images: fixed beforehand, finer where the answer is likely.
 LADDER = (-5.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)
 SIGMAS = (5.0, 4.0, 3.2, 2.6, 2.1, 1.7, 1.3, 0.9)
@@ -110,25 +110,24 @@ def _place_macs(families: Sequence[Family], budget: Budget, tune: Callable[[Fami
     between the two samples. Deciding takes time that MACs do not show, many small steps, so a family that decides in more blocks
     must drift less.
     """
-    points: list[OperatingPoint] = []
+    least = 1.0
     best: _Placement | None = None
     dial: float | None = None
     for family in families:
         if best is not None and _refines_nothing(family, best.family, best.dial):
             continue
         dial, evaluation, tried = _dial_for_macs(family, tune(family), budget.value, start=dial or FIRST_DIAL)
-        points += tried
+        least = min(least, *(point.macs for point in tried))
         if dial is not None:
             placed = _Placement(family, dial, evaluation, tuple(tried))
             best = placed if best is None or placed.weighted_drift < best.weighted_drift else best
     if best is None:
-        least = min(point.macs for point in points)
         raise JobError(f"No plan keeps {budget.value:g} of the MACs; the least that can be had is {least:.3f}.")
     # Two samples of images differ: the tuned mean has its error, and so will the verified one.
     kept = best.evaluation.kept_macs
     error = kept.stderr * math.sqrt(1 + best.evaluation.n / best.family.blank.provenance.verify_images)
     slope, short = _slope(best.tried, kept.mean), kept.mean - budget.value
-    return best.family, [best.dial * math.exp(min((sigmas * error + short) / slope, 2.0)) for sigmas in SIGMAS], points
+    return best.family, [best.dial * math.exp(min((sigmas * error + short) / slope, 2.0)) for sigmas in SIGMAS], list(best.tried)
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,28 +197,26 @@ def _dial_for_macs(
 
 def _place_risk(families: Sequence[Family], budget: Budget, tune: Callable[[Family], Trial]) -> Placed:
     """The family that saves most at the budget on the fitting images, and a ladder of dials around the place where it is met."""
-    points: list[OperatingPoint] = []
-    best: tuple[float, float, Family] | None = None
-    dial: float | None = None
+    best: tuple[float, float, Family, list[OperatingPoint]] | None = None
     for family in families:
         if best is not None and _refines_nothing(family, best[2], best[1] * 2 ** LADDER[-1]):
             continue
-        trial = tune(family)
+        trial, tried = tune(family), list[OperatingPoint]()
         dial, high, macs = 1e-8, LARGEST_DIAL, 1.0
         for _ in range(STEPS):
             middle = math.sqrt(dial * high)
             evaluation = trial(family.at(middle))
-            points.append(_point(middle, evaluation))
+            tried.append(_point(middle, evaluation))
             if _risk(budget, evaluation) <= budget.value:
                 dial, macs = middle, evaluation.kept_macs.mean
             else:
                 high = middle
         spent = macs + DECISION_MACS * len(family.blocks)
         if best is None or spent < best[0]:
-            best = (spent, dial, family)
+            best = (spent, dial, family, tried)
     assert best is not None
-    _, dial, family = best
-    return family, [dial * 2**step for step in LADDER], points
+    _, dial, family, tried = best
+    return family, [dial * 2**step for step in LADDER], tried
 
 
 def _refines_nothing(family: Family, best: Family, dial: float) -> bool:

@@ -31,6 +31,8 @@ def calibration(
         return None
 
     def cuts(plan: Plan) -> tuple[TokenCut, ...]:
+        if not plan.tokens:
+            return ()
         removed = mean_removed(graft(module, plan, tensors), batches())
         if schedule == "symmetric":
             removed = _same_share(plan, removed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +19,11 @@ from hesper.curvature import (
     quadratic_scores,
 )
 from hesper.errors import UsageError
+from hesper.graft import CURVATURE
 from hesper.heart.gated import HEAD_GATES, HEAD_SHIFTS, TOKEN_GATES, TOKEN_SHIFTS, gated_forward
 from hesper.heart.lenses import gated_lens
 from hesper.hosts import Host
 from hesper.registry import did_you_mean
-
-NAMES = ("kl", "ce", "heart")
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Criterion:
 
     def __post_init__(self) -> None:
         """Refuse unknown names and impossible numbers."""
-        if self.name not in NAMES:
-            raise UsageError(f"There is no criterion '{self.name}'; {did_you_mean(self.name, NAMES)}")
-        if not self.temperature > 0 or self.draws < 1:
-            raise UsageError("A criterion needs a temperature above 0 and at least one draw.")
+        if self.name not in CURVATURE:
+            raise UsageError(f"There is no criterion '{self.name}'; {did_you_mean(self.name, CURVATURE)}")
+        if not 0 < self.temperature < math.inf or self.draws < 1:
+            raise UsageError("A criterion needs a finite temperature above 0 and at least one draw.")
 
     @property
     def needs_labels(self) -> bool:

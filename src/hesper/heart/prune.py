@@ -59,6 +59,8 @@ class Settings:
             options = [word for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part)]
             if options and getattr(self, name) not in options:
                 raise UsageError(f"The setting {name} is {getattr(self, name)!r}; use {' or '.join(map(repr, options))}.")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"The seed is {self.seed}; it must be a whole number from 0 to 2^63 - 1.")
         if self.rank < 1 or self.batch_size < 1 or not 0 <= self.gamma < float("inf"):
             raise UsageError("Rank and batch size must be at least 1, and gamma a number of at least 0.")
 
@@ -110,6 +112,9 @@ class _Work:
             raise UsageError(f"Pruning needs at least 4 calibration images, and there are {len(images)}; give more.")
         self.fit, self.verify = split(images, (FIT_SHARE, 1 - FIT_SHARE), settings.seed)
         self.fit = self.fit[:MOST_FIT_IMAGES]
+        fitted = {images.digests[index] for index in self.fit}
+        # A copy of a fitting image under another name proves nothing.
+        self.verify = tuple(index for index in self.verify if images.digests[index] not in fitted)
         self.tune = self.fit[:TUNE_IMAGES]
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.seconds: dict[str, float] = {}
@@ -131,11 +136,15 @@ class _Work:
         chosen = choose(self._families(tables, atlas), settings.budget, self._trial("tune", tables), self._trial("verify", tables))
         started = self._clock("search", started)
         grafted = graft(host.module, chosen.plan, tables.tensors)
-        plan = replace(chosen.plan, measured=chosen.measured, points=chosen.points, expected_loss=self._expected(grafted))
+        made = replace(chosen.plan.provenance, fit_images=self._readable(self.fit), verify_images=self._readable(self.verify))
+        plan = replace(chosen.plan, provenance=made, measured=chosen.measured, points=chosen.points, expected_loss=self._expected(grafted))
         grafted.plan = plan
         self._clock("price", started)
         verify = tuple(index for index in self.verify if self.images.files[index] not in self.skipped)
         return Pruned(replace(chosen, plan=plan), grafted, tables, atlas, verify, tuple(self.skipped.values()), self.seconds)
+
+    def _readable(self, indices: Sequence[int]) -> int:
+        return sum(self.images.files[index] not in self.skipped for index in indices)
 
     def _expected(self, grafted: GraftedViT) -> Estimate:
         """The second-order price of the plan on survey images, at temperature 1 like the drift it is compared with."""

@@ -130,9 +130,12 @@ def command(facts: RunFacts) -> str:
     words += [budget, f"{plan.budget.value:g}", "--confidence", f"{plan.budget.confidence:g}", "--schedule", plan.schedule]
     if plan.pricing is not None:
         words += ["--criterion", plan.pricing.criterion, "--temperature", f"{plan.pricing.temperature:g}"]
+        words += ["--draws", str(plan.pricing.draws), "--rank", str(plan.pricing.rank), "--gamma", f"{plan.pricing.gamma:g}"]
     if plan.tokens:
         words += ["--combine", plan.tokens[0].combine, "--counts", "fixed" if plan.tokens[0].threshold is None else "adaptive"]
-    words += ["--heads", str(asked["heads"])] if asked.get("heads") else []
+    for key in ("heads", "blocks", "batch_size"):
+        words += [f"--{key.replace('_', '-')}", str(asked[key])] if asked.get(key) else []
+    words += ["--no-tokens"] if asked.get("tokens") is False else []
     return shlex.join([*words, "--seed", str(plan.provenance.seed), "--out", "RUN"])
 
 

@@ -2,7 +2,7 @@
 
 from hesper.runs.environment import environment
 from hesper.runs.files import sha256_file, write_bytes, write_text
-from hesper.runs.folder import MODEL, PLAN, RECORD, REPORT, RunFolder, new_folder, new_run, open_run, seal
+from hesper.runs.folder import MODEL, PLAN, RECORD, REPORT, RunFolder, new_folder, new_run, once_written, open_run, seal
 from hesper.runs.record import Entry, append, read, utc_now
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "environment",
     "new_folder",
     "new_run",
+    "once_written",
     "open_run",
     "read",
     "seal",

@@ -19,7 +19,7 @@ from hesper.runs.environment import environment
 from hesper.runs.files import sha256_file, sync_folder
 from hesper.runs.record import Entry, append, read, utc_now
 
-__all__ = ["MODEL", "PLAN", "RECORD", "REPORT", "RunFolder", "new_folder", "new_run", "open_run", "seal"]
+__all__ = ["MODEL", "PLAN", "RECORD", "REPORT", "RunFolder", "new_folder", "new_run", "once_written", "open_run", "seal"]
 
 PLAN, MODEL, RECORD, REPORT = "plan.toml", "model.safetensors", "record.json", "report.html"
 _NEEDED = (PLAN, MODEL, RECORD)
@@ -78,6 +78,17 @@ def seal(folder: str | Path, kind: str, *, asked: Mapping[str, Any], results: Ma
     entry = Entry(kind, utc_now(), asked, environment(), results, files)
     append(root / RECORD, entry)
     return entry
+
+
+@contextlib.contextmanager
+def once_written(what: str) -> Iterator[None]:
+    """For what comes after a run is safe: where that fails or is interrupted, the error says so (``what``) and what stopped it."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise JobError(f"interrupted; {what}.") from error
+    except HesperError as error:
+        raise JobError(f"{str(error).rstrip('.')}; {what}.") from error
 
 
 def open_run(path: str | Path) -> RunFolder:
