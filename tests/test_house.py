@@ -69,8 +69,9 @@ def test_the_words_are_free_of_torch():
 def test_every_test_asserts_something(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
-            text = ast.unparse(node)
-            assert re.search(r"\bassert\b|assert_close|raises\(|warns\(|refused?\(|check", text), f"{path.name}:{node.name} asserts nothing"
+            calls = [ast.unparse(n.func) for n in ast.walk(node) if isinstance(n, ast.Call)]
+            helped = any(re.search(r"(^|[._])(assert_\w+|raises|warns|refused?|check\w*)$", call) for call in calls)
+            assert helped or any(isinstance(n, ast.Assert) for n in ast.walk(node)), f"{path.name}:{node.name} asserts nothing"
 
 
 def test_files_and_functions_stay_short():
@@ -83,7 +84,17 @@ def test_files_and_functions_stay_short():
                 assert length <= 60, f"{path.name}:{node.name} has {length} lines"
 
 
+WRITTEN = [f for folder in ("src", "tests", "docs", "benchmarks", ".ci") for f in (ROOT / folder).rglob("*")] + list(ROOT.iterdir())
+
+
 def test_nothing_speaks_of_one_machine():
-    for path in [*FILES, *TESTS, *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*")]:
-        if path.is_file():
-            assert str(ROOT.parent) + "/" not in path.read_text(), path
+    """No absolute path of a home or working folder in anything that is written by hand."""
+    texts = [
+        f
+        for f in WRITTEN
+        if f.is_file() and f.suffix in {".py", ".md", ".toml", ".cff", ".j2", ".css", ".jsonl", ""} and f != Path(__file__)
+    ]
+    assert len(texts) > 100
+    for path in texts:
+        found = re.search(r"(?<![\w./])/(home|root|Users|work|mnt|tmp)/\w", path.read_text(errors="replace"))
+        assert found is None, f"{path}: {found}"

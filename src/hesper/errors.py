@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["HesperError", "JobError", "UsageError"]
+import errno
+
+__all__ = ["DISK_FULL", "HesperError", "JobError", "UsageError"]
+
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class HesperError(Exception):

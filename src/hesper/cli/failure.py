@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 
 import click
 
-from hesper.errors import HesperError
+from hesper.errors import DISK_FULL, HesperError
 
 __all__ = ["TRACEBACK", "Failure", "explain"]
 
 TRACEBACK = "HESPER_TRACEBACK"
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class Failure(click.ClickException):
@@ -29,7 +27,7 @@ class Failure(click.ClickException):
             return cls(str(error), error.exit_code)
         if isinstance(error, (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError)):
             return error
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             return cls("The disk is full; free some space and run again.")
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             return cls(f"{error.filename}: {error.strerror.lower()}.")

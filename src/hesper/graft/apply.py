@@ -98,12 +98,17 @@ def _at_random(cut: TokenCut, plan: Plan, _: Mapping[str, Tensor]) -> nn.Module:
     return ScoredCut(cut, RandomScore(plan.provenance.seed * anatomy.depth + cut.block, anatomy.tokens), anatomy.head_dim)
 
 
-_builders: Registry[Callable[[TokenCut, Plan, Mapping[str, Tensor]], nn.Module]] = Registry("criterion")
-for _name in CURVATURE:
-    _builders.add(_name, _by_curvature)
-_builders.add("tome", _by_key)
-_builders.add("cls", _by_attention)
-_builders.add("random", _at_random)
+def _known() -> Registry[Callable[[TokenCut, Plan, Mapping[str, Tensor]], nn.Module]]:
+    builders: Registry[Callable[[TokenCut, Plan, Mapping[str, Tensor]], nn.Module]] = Registry("criterion")
+    for name in CURVATURE:
+        builders.add(name, _by_curvature)
+    builders.add("tome", _by_key)
+    builders.add("cls", _by_attention)
+    builders.add("random", _at_random)
+    return builders
+
+
+_builders = _known()
 
 
 def _tables(cut: TokenCut, plan: Plan, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -12,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from hesper.errors import JobError, UsageError
+from hesper.errors import DISK_FULL, JobError, UsageError
 from hesper.plan import Budget, HeadCut, TokenCut
 from hesper.report import charts, figures
 from hesper.report.charts import Chosen, Interval, Series
@@ -69,7 +68,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> None:
         # A file name that is no Unicode was recorded with lone surrogates, which UTF-8 cannot hold.
         write_bytes(target, page.encode("utf-8", "replace"))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise JobError(f"the disk is full, so {out} was not written; free some space and try again") from error
         reason = (error.strerror or str(error)).lower()
         raise UsageError(f"{out} cannot be written ({reason}); give --out a place that can be") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
 import shutil
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hesper.errors import HesperError, JobError, UsageError
+from hesper.errors import DISK_FULL, HesperError, JobError, UsageError
 from hesper.plan.toml import plan_hash, read_plan
 from hesper.plan.vocabulary import Plan
 from hesper.runs.environment import environment
@@ -23,7 +22,6 @@ __all__ = ["MODEL", "PLAN", "RECORD", "REPORT", "RunFolder", "new_folder", "new_
 
 PLAN, MODEL, RECORD, REPORT = "plan.toml", "model.safetensors", "record.json", "report.html"
 _NEEDED = (PLAN, MODEL, RECORD)
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True)
@@ -143,9 +141,9 @@ def _finish(partial: Path, target: Path) -> None:
 
 def _is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
-        return error.errno in _DISK_FULL
+        return error.errno in DISK_FULL
     # safetensors reports the system's error in words only.
-    return any(f"(os error {code})" in str(error) for code in _DISK_FULL)
+    return any(f"(os error {code})" in str(error) for code in DISK_FULL)
 
 
 def _reason(error: OSError) -> str:
