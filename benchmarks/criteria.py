@@ -3,7 +3,7 @@
     python benchmarks/criteria.py --data DATA --book benchmarks/results/criteria.jsonl [--rows "kl merge,tome"]
 
 No weight of a network is trained. All rows of a model are at equal cost: the dial (or the constant count per block of the
-baselines) is placed so that the mean MACs on the first images of the validation set, deciding included, meet the target; nothing
+baselines) is placed so that the mean MACs on images spread over the validation set, deciding included, meet the target; nothing
 else is chosen on those images. Resumable: what the book holds is not measured again. Takes about forty minutes for both models on
 two cores.
 """
@@ -115,7 +115,7 @@ def main() -> None:
     for key in options.models:
         model = place.model(key)
         val, calib = place.images("val", model), place.images("calib", model)
-        probe = list(batches(val, BATCH, indices=range(PROBE)))
+        probe = list(batches(val, BATCH, indices=range(0, len(val), max(1, len(val) // PROBE))))
         dense: list[torch.Tensor] = []
         for row in rows:
             wanted = {f"{key} | {row} | {target}": target for target in TARGETS}
