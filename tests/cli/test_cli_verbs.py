@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from cli_helpers import NAME, hesper, sentence, write_images
@@ -151,6 +152,11 @@ def test_a_fault_of_ours_is_one_sentence_and_its_traceback_can_be_had(
     assert type(error).__name__ in said and "HESPER_TRACEBACK=1" in said and "line 3" not in said
     monkeypatch.setenv("HESPER_TRACEBACK", "1")
     assert CliRunner().invoke(main, ["eval", str(pruned[0]), "--data", str(images)]).exception is error
+
+
+def test_too_little_memory_is_no_fault_of_ours(pruned: tuple[Path, Result], images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hesper.api.evaluate", lambda *_, **__: torch.empty(2**50))
+    assert "smaller --batch-size" in sentence(hesper("eval", pruned[0], "--data", images), 1)
 
 
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: Path) -> None:
