@@ -140,8 +140,8 @@ def test_a_milder_dial_cuts_no_head_a_stronger_one_keeps():
 def test_deciding_ends_before_the_last_blocks_and_where_nobody_reads_on():
     assert deciding_blocks(TINY, "every") == tuple(range(10))
     assert deciding_blocks(TINY, "every-early") == tuple(range(8))
-    assert deciding_blocks(TINY, "every-late") == tuple(range(3, 10))
-    assert deciding_blocks(TINY, "alternate-middle") == (3, 5, 7)
+    assert deciding_blocks(TINY, "alternate") == (0, 2, 4, 6, 8)
+    assert deciding_blocks(TINY, "alternate-middle") == (2, 4, 6, 8)
     for depth in range(1, 13):
         for pooled in (False, True):
             anatomy = dataclasses.replace(TINY, depth=depth, reads_patches=pooled)

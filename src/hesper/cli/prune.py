@@ -80,10 +80,10 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
 )
 @click.option(
     "--blocks",
-    type=click.Choice(["auto", "every", "every-late", "every-early", "alternate-early", "alternate-middle", "third-middle"]),
+    type=click.Choice(["auto", "every", "every-early", "alternate", "alternate-middle", "alternate-early", "third-middle"]),
     default="auto",
     show_default=True,
-    help="Which blocks let tokens go, up to 5/6 of the depth; early: 2/3, late: from 1/4, middle: both. auto measures all.",
+    help="Which blocks let tokens go: every, every other or every third one; to 5/6 of the depth, early or middle. auto measures all.",
 )
 @click.option("--rank", type=click.IntRange(1), default=24, show_default=True, metavar="R", help="Dimensions of the curvature metric.")
 @click.option("--gamma", type=float, default=0.35, show_default=True, metavar="G", help="Power of the token curvature.")

@@ -80,5 +80,7 @@ def reader_attention(projected: Projected, log_size: Tensor | None, layout: Layo
     if layout.rectangular:
         share = layout.by_image(mass).log_softmax(1).flatten(0, 1)
         return share if log_size is None else share - log_size[:, None]
-    every = layout.padded(mass).masked_fill(~layout.valid[..., None], -torch.inf)
-    return logits - layout.spread(torch.cat([layout.prefix_rows(mass), every], 1).logsumexp(1))
+    lengths = torch.tensor(layout.counts, device=mass.device)
+    top = torch.segment_reduce(mass, "max", lengths=lengths, axis=0, unsafe=True)
+    total = torch.segment_reduce((mass - layout.spread(top)).exp(), "sum", lengths=lengths, axis=0, unsafe=True)
+    return logits - layout.spread(total.log() + top)

@@ -15,14 +15,14 @@ from hesper.plan import Anatomy, Combine, HeadCut, Plan, TokenCut
 
 Counts = Literal["adaptive", "fixed"]
 Heads = Literal["none", "static"]
-Stages = Literal["third-middle", "alternate-middle", "alternate-early", "every-early", "every-late", "every"]
+Stages = Literal["third-middle", "alternate-early", "alternate-middle", "alternate", "every-early", "every"]
 # Step from one deciding block to the next, and the shares of the depth where deciding begins and ends.
 STAGES: dict[Stages, tuple[int, float, float]] = {
     "third-middle": (3, 1 / 4, 2 / 3),
-    "alternate-middle": (2, 1 / 4, 2 / 3),
     "alternate-early": (2, 0.0, 2 / 3),
+    "alternate-middle": (2, 1 / 6, 3 / 4),
+    "alternate": (2, 0.0, 5 / 6),
     "every-early": (1, 0.0, 2 / 3),
-    "every-late": (1, 1 / 4, 5 / 6),
     "every": (1, 0.0, 5 / 6),
 }
 
@@ -80,13 +80,13 @@ def affordable_heads(prices: Tensor, anatomy: Anatomy, price_per_mac: float) -> 
 def deciding_blocks(anatomy: Anatomy, stages: Stages) -> tuple[int, ...]:
     """The blocks that let tokens go: every, every other or every third one, up to five sixths of the depth.
 
-    ``early`` ends after two thirds, ``late`` begins after a quarter, ``middle`` does both. What the last blocks remove saves little and
-    drifts much, what the first remove saves most and drifts most; fewer decisions take less time, and each sees more candidates.
+    ``early`` ends after two thirds, ``middle`` begins later too. What the last blocks remove saves little and drifts much, what the
+    first remove saves most and drifts most; fewer decisions take less time, and each sees more candidates.
 
     Example:
         >>> tiny = Anatomy(12, 192, 3, 64, 768, 197, 1, 1000, 768, (224, 224), (14, 14), False)
-        >>> deciding_blocks(tiny, "alternate-early"), deciding_blocks(tiny, "third-middle")
-        ((0, 2, 4, 6), (3, 6))
+        >>> deciding_blocks(tiny, "alternate-middle"), deciding_blocks(tiny, "third-middle")
+        ((2, 4, 6, 8), (3, 6))
     """
     step, start, end = STAGES[stages]
     missed = anatomy.depth if anatomy.reads_patches else anatomy.depth - 1  # tokens cut later are missed by nobody
