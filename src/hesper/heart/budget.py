@@ -24,7 +24,7 @@ STEPS = 11
 # What a decision costs beyond its MACs, in many small steps and in memory traffic: 0.7 % of the dense model's time in batches of 32,
 # two alone. At equal drift that is so much of the MACs; around 0.5 to 0.66 of the MACs, drift rises by about 8 % for it.
 DECISION_MACS, DECISION_DRIFT = 0.007, 1.08
-IMPERCEPTIBLE = 0.001  # nats of drift that no decision is worth
+IMPERCEPTIBLE = 0.0003  # nats of drift that no decision is worth
 # Powers of two around the dial that met the budget on fitting images: fixed beforehand, finer where the answer is likely.
 LADDER = (-5.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)
 SIGMAS = (5.0, 4.0, 3.2, 2.6, 2.1, 1.7, 1.3, 0.9)
