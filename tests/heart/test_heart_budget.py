@@ -83,6 +83,14 @@ def test_the_family_of_less_drift_wins():
     assert pick(Budget("macs", 0.6, 0.95), families=families, drift={"bad": 3.0, "good": 1.0}).family.name == "good"
 
 
+def test_the_family_that_drifts_less_on_more_images_wins_though_few_images_say_otherwise():
+    few, many = {"a": 1.0, "b": 2.0}, {"a": 2.0, "b": 1.0}
+    budget, families = Budget("macs", 0.6, 0.95), [family("a"), family("b")]
+    chosen = choose(families, budget, lambda f: world(50, 1, few[f.name]), lambda f: world(200, 0), lambda f: world(400, 2, many[f.name]))
+    assert chosen.family.name == "b"
+    assert 0.55 < chosen.measured.macs.mean < 0.6
+
+
 @pytest.mark.parametrize("budget", [Budget("macs", 0.6, 0.95), Budget("loss", 0.05, 0.95)])
 def test_a_family_of_heads_that_cuts_none_is_not_measured(budget):
     seen = []

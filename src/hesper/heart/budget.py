@@ -59,16 +59,25 @@ def check_sample(budget: Budget, verify_images: int) -> None:
         )
 
 
-def choose(families: Sequence[Family], budget: Budget, tune: Callable[[Family], Trial], verify: Callable[[Family], Trial]) -> Chosen:
+def choose(
+    families: Sequence[Family],
+    budget: Budget,
+    tune: Callable[[Family], Trial],
+    verify: Callable[[Family], Trial],
+    compare: Callable[[Family], Trial] | None = None,
+) -> Chosen:
     """The plan of least drift that keeps the budget on the verification images.
 
     ``tune`` measures on fitting images and places the dial; ``verify`` measures on images that fitted nothing and has the last word.
+    ``compare`` measures on more fitting images which family drifts least at a budget of MACs; a few images of great drift decide that.
 
     Raises:
         JobError: no member of any family keeps the budget; says what can be had.
     """
-    place = _place_macs if budget.kind == "macs" else _place_risk
-    family, dials, points = place(families, budget, tune)
+    if budget.kind == "macs":
+        family, dials, points = _place_macs(families, budget, tune, compare)
+    else:
+        family, dials, points = _place_risk(families, budget, tune)
     return _prove(family, dials, points, budget, verify(family))
 
 
@@ -102,7 +111,9 @@ def _prove(family: Family, dials: Sequence[float], points: list[OperatingPoint],
     return Chosen(family, dial, plan, evaluation, _measured(evaluation, verdict.statement), _sorted(points))
 
 
-def _place_macs(families: Sequence[Family], budget: Budget, tune: Callable[[Family], Trial]) -> Placed:
+def _place_macs(
+    families: Sequence[Family], budget: Budget, tune: Callable[[Family], Trial], compare: Callable[[Family], Trial] | None
+) -> Placed:
     """The family of least drift at the budget on fitting images, and dials that keep a little more and more of the MACs.
 
     The dials aim between five and one standard errors below the budget, as the fitting images foretell them for the difference
@@ -118,6 +129,7 @@ def _place_macs(families: Sequence[Family], budget: Budget, tune: Callable[[Fami
         dial, evaluation, tried = _dial_for_macs(family, tune(family), budget.value, start=dial or FIRST_DIAL)
         least = min(least, *(point.macs for point in tried))
         if dial is not None:
+            evaluation = evaluation if compare is None else compare(family)(family.at(dial))
             placed = _Placement(family, dial, evaluation, tuple(tried))
             best = placed if best is None or placed.weighted_drift < best.weighted_drift else best
     if best is None:

@@ -133,7 +133,9 @@ class _Work:
             seen = self._batches("Fit metric and router", self.fit)
             tables = fit_tables(host, seen, settings.criterion, settings.combine, settings.rank, self.generator)
         started = self._clock("fit", started)
-        chosen = choose(self._families(tables, atlas), settings.budget, self._trial("tune", tables), self._trial("verify", tables))
+        compare = self._trial("compare", tables) if len(self.fit) > len(self.tune) else None
+        families, tune, prove = self._families(tables, atlas), self._trial("tune", tables), self._trial("verify", tables)
+        chosen = choose(families, settings.budget, tune, prove, compare)
         started = self._clock("search", started)
         grafted = graft(host.module, chosen.plan, tables.tensors)
         made = replace(chosen.plan.provenance, fit_images=self._readable(self.fit), verify_images=self._readable(self.verify))
@@ -191,9 +193,12 @@ class _Work:
         skip_unread = settings.tokens and not anatomy.reads_patches
         return Plan(self.model.ref, pricing, settings.schedule, (), (), skip_unread, settings.budget, None, None, (), provenance)
 
-    def _trial(self, name: str, tables: Tables) -> Callable[[Family], Trial]:
-        indices = self.tune if name == "tune" else self.verify
-        label = "Search the dial" if name == "tune" else "Verify on unseen images"
+    def _trial(self, name: Literal["tune", "compare", "verify"], tables: Tables) -> Callable[[Family], Trial]:
+        label, indices = {
+            "tune": ("Search the dial", self.tune),
+            "compare": ("Compare sets of blocks", self.fit),
+            "verify": ("Verify on unseen images", self.verify),
+        }[name]
 
         def trial(family: Family) -> Trial:
             if name not in self.logits:
