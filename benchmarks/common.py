@@ -41,8 +41,11 @@ class Book:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.rows: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, lines)}
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # a line that was being written when the run was stopped counts as not there
+        if whole != text:
+            path.write_text(whole)
+        self.rows: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, whole.splitlines())}
 
     def __contains__(self, key: str) -> bool:
         return key in self.rows

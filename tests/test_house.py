@@ -37,6 +37,8 @@ def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("hesper."):
             yield node.module.split(".")[1]
+        if isinstance(node, ast.ImportFrom) and node.module == "hesper":
+            yield from (alias.name for alias in node.names if alias.name in RANK)
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("hesper."))
 

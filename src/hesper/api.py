@@ -19,7 +19,7 @@ from hesper.graft import GraftedViT, graft
 from hesper.heart.gallery import choose_images, make_gallery, save_gallery
 from hesper.heart.prune import Pruned, Settings
 from hesper.heart.prune import prune as prune_model
-from hesper.hosts.open import OpenModel, build, open_model, wrap
+from hesper.hosts.open import OpenModel, build, check_rebuildable, open_model, wrap
 from hesper.measure.evaluate import Evaluation
 from hesper.measure.evaluate import evaluate as evaluate_model
 from hesper.plan import Plan, dumps, empty_plan
@@ -86,6 +86,7 @@ def prune(
         asked = {"model": name, **paths, "labels": labelled, "device": device, **dataclasses.asdict(settings)}
     with new_run(out) as folder:
         opened = open_model(model, weights=weights) if isinstance(model, str) else model
+        check_rebuildable(opened)
         images = _images(calib, opened, class_map, settings.criterion.needs_labels)
         # Opened before the work begins, so that a wrong folder is found out now and not at the end.
         judged = None if data is None else _images(data, opened, class_map, labelled)
@@ -220,7 +221,7 @@ def _images(
 ) -> ImageSet:
     names = classes if class_map is None else read_class_map(class_map)
     if labelled is None:
-        labelled = any(entry.is_dir() and not entry.name.startswith(".") for entry in Path(folder).glob("*"))
+        labelled = Path(folder).is_dir() and bool(class_folders(Path(folder)))
     images = open_folder(folder, transform=opened.transform, class_map=names, labelled=labelled)
     wanted = opened.ref.anatomy.classes
     if labelled and names is None and len(images.classes) != wanted:
@@ -228,7 +229,7 @@ def _images(
             f"{folder} has {len(images.classes)} class folders and the model {wanted} classes, so folders alone do not say which label "
             "each has; give --class-map, a text file with the model's class names in order, one a line."
         )
-    if labelled and names is not None and len(names) != wanted:
+    if names is not None and len(names) != wanted:
         raise UsageError(f"The class map names {len(names)} classes and the model has {wanted}; give the model's own class map.")
     if not labelled and names is None and len(folders := class_folders(Path(folder))) == wanted:
         # Not needed now, but an evaluation on another folder can then tell which class is which.

@@ -300,7 +300,9 @@ def _candidates(root: Path, labelled: bool) -> tuple[list[str], list[Skipped]]:
     if not labelled or not loose:
         return files, skipped
     if len(loose) == len(files):
-        raise UsageError(f"{root} holds images but no class folders; put the images of each class in a folder named after it")
+        raise UsageError(
+            f"{root} holds images but no class folders; put the images of each class in a folder named after it, or give --no-labels"
+        )
     return [name for name in files if "/" in name], skipped + [Skipped(name, "not in a class folder") for name in loose]
 
 

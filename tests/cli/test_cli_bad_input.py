@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 from click.testing import Result
 
+import hesper as package
 from cli_helpers import CLASSES, NAME, QUICK, hesper, sentence, write_images, write_weights
-from hesper.errors import JobError
+from hesper.errors import JobError, UsageError
+from hesper.hosts.open import wrap
+from hesper.plan import Budget
 from hesper.runs import open_run
 
 Ask = Callable[..., Result]
@@ -81,10 +85,23 @@ def test_a_class_folder_that_the_map_does_not_name(ask: Ask, tmp_path: Path) -> 
     assert "'cat'" in said and "did you mean 'kat'" in said
 
 
-def test_labels_out_of_range(ask: Ask, tmp_path: Path) -> None:
+@pytest.mark.parametrize("criterion", ["ce", "kl"])
+def test_labels_out_of_range(ask: Ask, tmp_path: Path, criterion: str) -> None:
     (tmp_path / "map.txt").write_text("\n".join(["none", "nil", *CLASSES]))
-    said = sentence(ask("--macs", 0.9, "--criterion", "ce", "--class-map", tmp_path / "map.txt"), 2)
+    said = sentence(ask("--macs", 0.9, "--criterion", criterion, "--class-map", tmp_path / "map.txt"), 2)
     assert "names 5 classes and the model has 3" in said
+
+
+def test_an_open_model_that_timm_could_not_build_again_is_refused(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hesper.api.prune_model", None)
+    scaled = wrap(NAME, timm.create_model(NAME, num_classes=3, init_values=0.1))
+    with pytest.raises(UsageError, match=r"ls1\.gamma.* could not be opened"):
+        package.prune(scaled, calib=images, out=tmp_path / "run", settings=package.Settings(Budget("macs", 0.9, 0.9)))
+    with pytest.raises(UsageError, match="no model 'mine' in timm"):
+        package.prune(
+            wrap("mine", scaled.host.module), calib=images, out=tmp_path / "run", settings=package.Settings(Budget("macs", 0.9, 0.9))
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_as_many_class_folders_as_classes_or_a_map(ask: Ask, tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from click.testing import Result
 
 import hesper as package
 from cli_helpers import NAME, QUICK, hesper, sentence, write_images
+from hesper.plan import Budget
 from hesper.plan.show import render
 from hesper.runs import open_run
 
@@ -115,3 +117,61 @@ def test_an_existing_folder_is_refused_and_stays(tmp_path: Path, pruned: tuple[P
     result = hesper("prune", NAME, "--weights", weights, "--calib", images, "--macs", 0.9, "--out", taken, *QUICK)
     assert "exists already" in sentence(result, 2)
     assert open_run(taken).plan == open_run(pruned[0]).plan and [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("words", "share"),
+    [
+        (("--counts", "fixed"), 0.8),
+        (("--counts", "fixed", "--schedule", "symmetric"), 0.66),
+        (("--schedule", "symmetric"), 0.8),
+        (("--combine", "drop", "--counts", "fixed"), 0.8),
+        (("--no-tokens", "--heads", "static"), 0.95),
+        (("--no-tokens", "--heads", "static"), 0.85),
+        (("--criterion", "ce"), 0.8),
+        (("--criterion", "heart", "--combine", "drop"), 0.8),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else str(value),
+)
+def test_a_budget_of_macs_is_kept_and_nearly_spent_whatever_is_cut(
+    words: tuple[str, ...], share: float, tmp_path: Path, weights: Path, images: Path
+) -> None:
+    out = tmp_path / "run"
+    result = hesper("prune", NAME, "--weights", weights, "--calib", images, "--macs", share, "--out", out, *QUICK, *words)
+    assert result.exit_code == 0, result.stderr
+    measured = open_run(out).plan.measured
+    assert measured is not None
+    assert share - 0.03 - 3 * measured.macs.stderr < measured.macs.mean <= share
+
+
+def test_sets_of_blocks_are_compared_on_all_fitting_images(
+    tmp_path: Path, weights: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hesper.heart.prune.TUNE_IMAGES", 4)
+    stages: dict[str, int] = {}
+    package.prune(
+        NAME,
+        weights=weights,
+        calib=images,
+        out=tmp_path / "run",
+        settings=package.Settings(Budget("macs", 0.9, 0.9), package.Criterion(draws=1), rank=4, heads="none", batch_size=8),
+        progress=lambda stage, done, total: stages.update({stage: total}),
+    )
+    compared = {stage: total for stage, total in stages.items() if stage.startswith("Compare sets of blocks")}
+    assert len(compared) > 1 and set(compared.values()) == {12}
+    assert {total for stage, total in stages.items() if stage.startswith("Search the dial")} == {4}
+
+
+def test_a_disk_that_fills_after_the_run_is_written_leaves_the_run(
+    tmp_path: Path, weights: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hesper.api.append", full)
+    out = tmp_path / "run"
+    said = sentence(
+        hesper("prune", NAME, "--weights", weights, "--calib", images, "--macs", 0.9, "--out", out, "--data", images, *QUICK), 1
+    )
+    assert said.startswith("the disk is full; the run ") and "complete but for its evaluation" in said
+    assert [entry.kind for entry in open_run(out).entries] == ["prune"]

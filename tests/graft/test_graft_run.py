@@ -271,10 +271,14 @@ def test_tokens_and_heads_leave_together_and_the_router_ignores_removed_heads() 
     assert model(images).isfinite().all()
 
 
+@pytest.mark.parametrize("count", [1, 5])
 @torch.no_grad()
-def test_gradients_reach_the_images_through_merges() -> None:
-    model = grafted("plain", DOUBLE, cuts=cuts_of("merge", [0, 1], remove=3))
-    images = pictures(1, DOUBLE).requires_grad_()
+def test_gradients_reach_the_images_through_merges(count: int) -> None:
+    cut: dict[str, Any] = {"remove": 3} if count == 1 else {"threshold": threshold("plain", "kl", "merge")}
+    model = grafted("plain", DOUBLE, cuts=cuts_of("merge", [0, 1], **cut))
+    images = pictures(count, DOUBLE).requires_grad_()
+    ragged = len(set(model.run(images).traffic.attended[:, 1])) > 1
+    assert ragged == (count > 1)
     with torch.enable_grad():
         (slope,) = torch.autograd.grad(model(images).sum(), images)
     along = torch.randn(images.shape, generator=torch.Generator().manual_seed(5), dtype=DOUBLE)

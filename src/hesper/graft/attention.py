@@ -80,7 +80,6 @@ def reader_attention(projected: Projected, log_size: Tensor | None, layout: Layo
     if layout.rectangular:
         share = layout.by_image(mass).log_softmax(1).flatten(0, 1)
         return share if log_size is None else share - log_size[:, None]
-    lengths = torch.tensor(layout.counts, device=mass.device)
-    top = torch.segment_reduce(mass, "max", lengths=lengths, axis=0, unsafe=True)
-    total = torch.segment_reduce((mass - layout.spread(top)).exp(), "sum", lengths=lengths, axis=0, unsafe=True)
+    top = torch.segment_reduce(mass, "max", lengths=layout.lengths, axis=0, unsafe=True)
+    total = torch.segment_reduce((mass - layout.spread(top)).exp(), "sum", lengths=layout.lengths, axis=0, unsafe=True)
     return logits - layout.spread(total.log() + top)

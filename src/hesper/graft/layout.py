@@ -46,9 +46,14 @@ class Layout:
         return min(self.counts) == max(self.counts)
 
     @cached_property
+    def lengths(self) -> Tensor:
+        """``[images]`` tokens per image."""
+        return torch.tensor(self.counts, device=self.device)
+
+    @cached_property
     def patches(self) -> Tensor:
         """``[images]`` patch tokens per image."""
-        return torch.tensor(self.counts, device=self.device) - self.prefix
+        return self.lengths - self.prefix
 
     @cached_property
     def _steps(self) -> Tensor:
@@ -77,7 +82,7 @@ class Layout:
     @cached_property
     def image(self) -> Tensor:
         """``[rows]`` which image each row belongs to."""
-        return torch.repeat_interleave(torch.arange(len(self.counts), device=self.device), torch.tensor(self.counts, device=self.device))
+        return torch.repeat_interleave(torch.arange(len(self.counts), device=self.device), self.lengths)
 
     def by_image(self, rows: Tensor) -> Tensor:
         """Rows ``[rows, ...]`` as a view ``[images, tokens, ...]``; for rectangular layouts only."""

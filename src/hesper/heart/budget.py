@@ -21,6 +21,7 @@ SMALLEST_DIAL, FIRST_DIAL, LARGEST_DIAL = 1e-9, 1e-5, 1e3
 MOST_TRIALS = 24
 CLOSE, FLAT, NARROW = 0.003, 1e-4, 1.01
 STEPS = 11
+ALIKE = 1e-9  # spread of kept MACs below which all images cost the same: fixed counts, or heads alone
 # What a decision costs beyond its MACs, in many small steps and in memory traffic: 0.7 % of the dense model's time in batches of 32,
 # two alone. At equal drift that is so much of the MACs; around 0.5 to 0.66 of the MACs, drift rises by about 8 % for it.
 DECISION_MACS, DECISION_DRIFT = 0.007, 1.08
@@ -137,6 +138,8 @@ def _place_macs(
     # Two samples of images differ: the tuned mean has its error, and so will the verified one.
     kept = best.evaluation.kept_macs
     error = kept.stderr * math.sqrt(1 + best.evaluation.n / best.family.blank.provenance.verify_images)
+    if error < ALIKE:
+        return best.family, [best.dial], list(best.tried)
     slope, short = _slope(best.tried, kept.mean), kept.mean - budget.value
     return best.family, [best.dial * math.exp(min((sigmas * error + short) / slope, 2.0)) for sigmas in SIGMAS], list(best.tried)
 

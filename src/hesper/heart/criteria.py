@@ -89,16 +89,16 @@ def sensitivity(host: Host, batch: Batch, criterion: Criterion, generator: torch
     """
     if criterion.name == "heart":
         return _activation_scores(host, batch, criterion, generator)
-    prefix_free = (TOKEN_GATES, HEAD_GATES)
+    gates = (TOKEN_GATES, HEAD_GATES)
     if criterion.name == "kl":
-        lens = gated_lens(host, len(batch.images), DenseKL(criterion.temperature), *prefix_free, like=batch.images)
+        lens = gated_lens(host, len(batch.images), DenseKL(criterion.temperature), *gates, like=batch.images)
         fisher = fisher_diagonal(lens, [batch], criterion.draws, generator)
         half, error = fisher.mean, fisher.stderr
         return Sensitivity(half[TOKEN_GATES] / 2, half[HEAD_GATES] / 2, error[TOKEN_GATES] / 2, error[HEAD_GATES] / 2)
-    lens = gated_lens(host, len(batch.images), CrossEntropy(), *prefix_free, like=batch.images)
+    lens = gated_lens(host, len(batch.images), CrossEntropy(), *gates, like=batch.images)
     slope = gradient(lens, [batch])
     bend = diagonal(Hessian(lens, [batch], keep_graph=True), criterion.draws, generator)
-    price = {name: -slope[name] + bend.mean[name] / 2 for name in prefix_free}
+    price = {name: -slope[name] + bend.mean[name] / 2 for name in gates}
     return Sensitivity(price[TOKEN_GATES], price[HEAD_GATES], bend.stderr[TOKEN_GATES] / 2, bend.stderr[HEAD_GATES] / 2)
 
 

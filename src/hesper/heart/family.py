@@ -80,7 +80,7 @@ def affordable_heads(prices: Tensor, anatomy: Anatomy, price_per_mac: float) -> 
 def deciding_blocks(anatomy: Anatomy, stages: Stages) -> tuple[int, ...]:
     """The blocks that let tokens go: every, every other or every third one, up to five sixths of the depth.
 
-    ``early`` ends after two thirds, ``middle`` begins later too. What the last blocks remove saves little and drifts much, what the
+    Where each set begins and ends says :data:`STAGES`. What the last blocks remove saves little and drifts much, what the
     first remove saves most and drifts most; fewer decisions take less time, and each sees more candidates.
 
     Example:

@@ -32,7 +32,6 @@ class Tables:
 
     tensors: dict[str, Tensor]
     explained: tuple[float, ...]
-    images: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,4 +148,4 @@ class _Sums:
             tensors[f"{block}.router.attention"] = weights[anatomy.width :].float()
             tensors[f"{block}.router.mean_attention"] = router.mean[anatomy.width :].float()
             tensors[f"{block}.router.offset"] = torch.tensor(offset)
-        return Tables(tensors, tuple(explained), self.images)
+        return Tables(tensors, tuple(explained))

@@ -128,7 +128,7 @@ class _Work:
         started = time.perf_counter()
         atlas = survey(host, self._batches("Survey sensitivities", self.fit[:SURVEY_IMAGES], 16), settings.criterion, self.generator)
         started = self._clock("survey", started)
-        tables = Tables({}, (), 0)
+        tables = Tables({}, ())
         if settings.tokens:
             seen = self._batches("Fit metric and router", self.fit)
             tables = fit_tables(host, seen, settings.criterion, settings.combine, settings.rank, self.generator)

@@ -58,13 +58,16 @@ def open_model(name: str, *, weights: str | Path | None = None, anatomy: Anatomy
     if state is None:
         module = _pretrained(name)
     else:
-        module = build(name, anatomy, classes=len(state[CLASSIFIER]) if CLASSIFIER in state else None)
+        module = build(name, anatomy, classes=len(state[CLASSIFIER]) if CLASSIFIER in state and state[CLASSIFIER].ndim else None)
         _load(module, state, name, weights)
     return wrap(name, module)
 
 
 def wrap(name: str, module: nn.Module) -> OpenModel:
-    """A module that exists already, as an :class:`OpenModel`; UsageError where it is unsupported or its weights are not finite."""
+    """A module that exists already, as an :class:`OpenModel`; UsageError where it is unsupported or its weights are not finite.
+
+    The module itself is used, not a copy: it is put into evaluation mode and its parameters need no gradients any more.
+    """
     host = TimmViT(module.eval().requires_grad_(False))
     bad = [key for key, value in module.state_dict().items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
     if bad:
@@ -102,6 +105,19 @@ def build(name: str, anatomy: Anatomy | None = None, *, classes: int | None = No
     return module
 
 
+def check_rebuildable(opened: OpenModel) -> None:
+    """UsageError where timm, asked for the model by its name and shape, would build one that these weights do not fit."""
+    with torch.device("meta"):
+        own = build(opened.ref.name, opened.ref.anatomy).state_dict()
+    state = opened.host.module.state_dict()
+    odd = sorted(key for key in own.keys() | state.keys() if key not in own or key not in state or own[key].shape != state[key].shape)
+    if odd:
+        raise UsageError(
+            f"timm's {opened.ref.name} has not the same weights as the model given ({_listed(odd)}), so a run of it could not be opened; "
+            "name the timm model it was made from."
+        )
+
+
 def weights_sha256(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and values, in the order of the names."""
     digest = hashlib.sha256()
@@ -128,7 +144,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()):
         raise UsageError(f"{file} is not a state dict of tensors; save the model's state dict.")
     return found
 

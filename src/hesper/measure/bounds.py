@@ -33,7 +33,7 @@ def images_needed(limit: float, confidence: float) -> int:
         >>> images_needed(0.05, 0.95)
         59
     """
-    return math.ceil(math.log1p(-confidence) / math.log1p(-limit))
+    return math.ceil(min(math.log1p(-confidence) / math.log1p(-limit), 1e18))
 
 
 def provable_disagreement(rate: float, n: int, confidence: float) -> float:

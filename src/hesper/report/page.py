@@ -99,6 +99,7 @@ def _view(facts: RunFacts, index: int) -> dict[str, Any]:
         "series": index % 6,
         "facts": facts,
         "asked": _budget(plan.budget),
+        "adaptive": any(cut.threshold is not None for cut in plan.tokens),
         "blocks": _block_rows(facts),
         "heads_removed": sum(len(cut.remove) for cut in plan.heads),
         "command": command(facts),

@@ -85,8 +85,9 @@ def once_written(what: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         raise JobError(f"interrupted; {what}.") from error
-    except HesperError as error:
-        raise JobError(f"{str(error).rstrip('.')}; {what}.") from error
+    except Exception as error:
+        reason = "the disk is full" if _is_disk_full(error) else str(error).strip() or type(error).__name__
+        raise JobError(f"{reason.splitlines()[0].rstrip('.')}; {what}.") from error
 
 
 def open_run(path: str | Path) -> RunFolder:
