@@ -122,6 +122,7 @@ def evaluate(
     labelled: bool | None = None,
     batch_size: int = 32,
     device: str = "cpu",
+    asked: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     skipped: Callable[[Sequence[Skipped]], None] | None = None,
 ) -> Evaluation:
@@ -135,6 +136,7 @@ def evaluate(
         labelled: whether to use class folders as labels; None finds out.
         batch_size: images at a time.
         device: where to compute, "cpu" or "cuda".
+        asked: what the user asked for, in their words, for the record.
         progress: told (stage, done, total).
         skipped: told the files that could not be used, if there are any.
 
@@ -156,7 +158,7 @@ def evaluate(
     if skipped and (every := (*images.skipped, *unread)):
         skipped(every)
     if run is not None:
-        _record(run, _entry(result, images, unread, data, batch_size))
+        _record(run, _entry(result, images, unread, (asked or {}).get("data", data), batch_size))
     return result
 
 

@@ -21,7 +21,7 @@ from hesper.hosts.open import OpenModel, open_model, wrap
 from hesper.measure.timing import Comparison, compare
 from hesper.plan import Budget
 from hesper.report import write_report
-from hesper.runs import RECORD, REPORT, Entry, append, environment, new_folder, utc_now
+from hesper.runs import RECORD, REPORT, Entry, append, environment, new_folder, open_run, utc_now
 
 __all__ = ["Story", "tell"]
 
@@ -80,19 +80,20 @@ def tell(out: str | Path, *, seed: int = 0, epochs: int = EPOCHS, digits: int | 
             calib=folder / DATA / "calib",
             out=folder / RUN,
             settings=Settings(Budget("loss", LOSS_BUDGET, 0.95), seed=seed),
-            data=folder / DATA / "test",
             asked=_asked(Path(out), seed),
             progress=note,
         )
+        api.evaluate(run.path, data=folder / DATA / "test", asked=_asked(Path(out), seed), progress=note)
         clock.lap("prune and evaluate")
         timing = _timing(opened, folder, note)
         _record_timing(run.path / RECORD, timing)
         clock.lap("time")
         write_report([run.path], run.path / REPORT)
         clock.lap("report")
+    run = open_run(Path(out) / RUN)
     assert run.plan.measured is not None  # prune wrote it
     parameters = sum(parameter.numel() for parameter in opened.host.module.parameters())
-    evaluation = run.entries[-1].results["evaluation"]
+    evaluation = next(entry.results["evaluation"] for entry in run.entries if entry.kind == "eval")
     return Story(Path(out), images, parameters, run.plan.measured.statement, evaluation, timing, torch.get_num_threads(), clock.seconds)
 
 
