@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from cli_helpers import NAME, hesper, sentence, write_images
 from hesper.cli import main
-from hesper.plan.show import render
+from hesper.plan import plan_hash, render
 from hesper.runs import open_run
 
 LABELLED = ["top1", "top5", "loss", "dense_top1"]
@@ -110,6 +110,11 @@ def test_show_prints_the_plan_of_a_run_and_of_a_file(pruned: tuple[Path, Result]
         result = hesper("show", target)
         assert result.exit_code == 0 and result.stdout == expected
         assert len(result.stdout.splitlines()) <= 40
+        told = json.loads(hesper("show", target, "--json").stdout)
+        plan = open_run(pruned[0]).plan
+        assert told["hash"] == plan_hash(plan)
+        assert told["plan"]["budget"] == {"kind": "macs", "value": 0.9, "confidence": 0.95}
+        assert [cut["block"] for cut in told["plan"]["tokens"]] == [cut.block for cut in plan.tokens]
 
 
 def test_show_of_what_is_no_plan(tmp_path: Path) -> None:
@@ -127,7 +132,8 @@ def test_report_writes_a_page_and_never_over_another_unasked(tmp_path: Path, pru
     out.write_text("mine")
     assert "--force" in sentence(hesper("report", pruned[0], "--out", out), 2)
     assert out.read_text() == "mine"
-    assert hesper("report", pruned[0], "--out", out, "--force").exit_code == 0
+    told = json.loads(hesper("report", pruned[0], "--out", out, "--force", "--json").stdout)
+    assert told == {"report": str(out), "runs": [str(pruned[0])]}
     assert out.read_text(encoding="utf-8") != "mine"
 
 

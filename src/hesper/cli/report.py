@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from hesper.cli.options import example, file_path
+from hesper.cli.options import as_json, example, file_path, with_json
 from hesper.cli.progress import Stages
 from hesper.errors import UsageError
 
@@ -20,7 +20,8 @@ __all__ = ["report"]
 @click.argument("runs", metavar="RUN...", type=file_path(), nargs=-1, required=True)
 @click.option("--out", type=file_path(), required=True, metavar="FILE", help="The HTML file to write; it needs no other file.")
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
-def report(runs: tuple[Path, ...], out: Path, force: bool) -> None:
+@with_json
+def report(runs: tuple[Path, ...], out: Path, force: bool, json_: bool) -> None:
     """Write one self-contained HTML page about the RUNs: what was cut, what it cost, and the evidence."""
     if os.path.lexists(out) and not force:
         raise UsageError(f"{out} exists already; give --out another file, or --force to replace it.")
@@ -29,4 +30,4 @@ def report(runs: tuple[Path, ...], out: Path, force: bool) -> None:
         from hesper.report import write_report
 
         write_report(runs, out)
-    click.echo(f"Report  {out}")
+    click.echo(as_json({"report": str(out), "runs": [str(run) for run in runs]}) if json_ else f"Report  {out}")

@@ -1,7 +1,7 @@
 """The plan: what is cut from a model, as plain words. Nothing here needs torch."""
 
 from hesper.plan.show import render
-from hesper.plan.toml import dumps, loads, plan_hash, read_plan
+from hesper.plan.toml import dumps, loads, plain, plan_hash, read_plan
 from hesper.plan.validate import check_budget, validate
 from hesper.plan.vocabulary import (
     SCHEMA,
@@ -42,6 +42,7 @@ __all__ = [
     "dumps",
     "empty_plan",
     "loads",
+    "plain",
     "plan_hash",
     "read_plan",
     "render",

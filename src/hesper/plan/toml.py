@@ -23,7 +23,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["dumps", "loads", "plan_hash", "read_plan"]
+__all__ = ["dumps", "loads", "plain", "plan_hash", "read_plan"]
 
 _ORDER = ("schema", "schedule", "skip_unread", "model", "budget", "pricing", "expected_loss")
 _ORDER_AFTER = ("tokens", "heads", "measured", "points", "provenance")
@@ -34,7 +34,7 @@ _INLINE_KEYS = 3  # estimates read best on one line, anatomies do not
 def dumps(plan: Plan) -> str:
     """The plan as TOML; ``loads`` gives the same plan back. A plan that breaks a rule of ``validate`` raises UsageError."""
     validate(plan)
-    document = _encode(plan, Plan)
+    document = plain(plan)
     lines = ["# What hesper cuts from a model, why, and what it was measured to cost."]
     for key in (*_ORDER, *_ORDER_AFTER):
         if key in document:
@@ -72,9 +72,15 @@ def read_plan(path: str | Path) -> Plan:
         raise UsageError(f"{path}: {error}") from error
 
 
+def plain(plan: Plan) -> dict[str, Any]:
+    """The plan as dictionaries, lists, words and numbers, under the keys of its TOML; what is None is left out."""
+    document: dict[str, Any] = _encode(plan, Plan)
+    return document
+
+
 def plan_hash(plan: Plan) -> str:
     """SHA-256 (64 hex digits) of what the plan says: the same for any formatting, another for any other field value."""
-    canonical = json.dumps(_encode(plan, Plan), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    canonical = json.dumps(plain(plan), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
