@@ -80,6 +80,7 @@ def reader_attention(projected: Projected, log_size: Tensor | None, layout: Layo
     if layout.rectangular:
         share = layout.by_image(mass).log_softmax(1).flatten(0, 1)
         return share if log_size is None else share - log_size[:, None]
-    top = torch.segment_reduce(mass, "max", lengths=layout.lengths, axis=0, unsafe=True)
-    total = torch.segment_reduce((mass - layout.spread(top)).exp(), "sum", lengths=layout.lengths, axis=0, unsafe=True)
-    return logits - layout.spread(total.log() + top)
+    wide = mass.to(torch.promote_types(mass.dtype, torch.float32))  # sums of hundreds of terms need more digits than halves have
+    top = torch.segment_reduce(wide, "max", lengths=layout.lengths, axis=0, unsafe=True)
+    total = torch.segment_reduce((wide - layout.spread(top)).exp(), "sum", lengths=layout.lengths, axis=0, unsafe=True)
+    return logits - layout.spread((total.log() + top).to(mass.dtype))
