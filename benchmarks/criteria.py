@@ -29,7 +29,7 @@ from hesper.measure.evaluate import dense_logits, evaluate
 from hesper.plan import Plan, Pricing, TokenCut, empty_plan
 
 TARGETS = (0.8, 0.66, 0.5)
-GAMMA, RANK, BATCH = 0.35, 24, 32
+GAMMA, RANK, ROUNDS, BATCH = 0.35, 24, 2, 32
 PROBE = 96
 
 
@@ -44,7 +44,9 @@ def blank(model: OpenModel, row: str) -> Plan:
     """A plan of the row's kind that cuts nothing yet."""
     criterion, _ = methods()[row]
     plan = empty_plan(model.ref.name, model.ref.anatomy)
-    return replace(plan, pricing=Pricing(criterion, 4.0, 3, RANK, GAMMA), skip_unread=row != "tome" and not model.ref.anatomy.reads_patches)
+    return replace(
+        plan, pricing=Pricing(criterion, 4.0, 3, RANK, GAMMA, ROUNDS), skip_unread=row != "tome" and not model.ref.anatomy.reads_patches
+    )
 
 
 def constant(plan: Plan, combine: str, per_block: float, blocks: tuple[int, ...]) -> Plan:

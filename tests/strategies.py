@@ -24,7 +24,7 @@ from hesper.plan import (
 EXAMPLE_ANATOMY = Anatomy(12, 192, 3, 64, 768, 197, 1, 1000, 768, (224, 224), (14, 14), False)
 EXAMPLE_PLAN = Plan(
     model=ModelRef("vit_tiny_patch16_224", "timm", "ab" * 32, EXAMPLE_ANATOMY),
-    pricing=Pricing("kl", 4.0, 3, 48, 0.5),
+    pricing=Pricing("kl", 4.0, 3, 48, 0.5, 2),
     schedule="asymmetric",
     tokens=(TokenCut(3, "merge", threshold=0.001), TokenCut(6, "drop", remove=20)),
     heads=(HeadCut(2, (0, 2)), HeadCut(5, (1,))),
@@ -92,7 +92,10 @@ def plans(draw: st.DrawFn) -> Plan:
     anatomy = draw(anatomies)
     blocks = st.lists(st.integers(0, anatomy.depth - 1), unique=True).map(sorted)
     heads = st.lists(st.integers(0, anatomy.heads - 1), unique=True, min_size=1, max_size=anatomy.heads - 1).map(sorted).map(tuple)
-    pricing = draw(st.none() | st.builds(Pricing, words, st.floats(1e-6, 100), st.integers(1, 64), st.integers(0, anatomy.width), amounts))
+    pricing = draw(
+        st.none()
+        | st.builds(Pricing, words, st.floats(1e-6, 100), st.integers(1, 64), st.integers(0, anatomy.width), amounts, st.integers(1, 8))
+    )
     return Plan(
         model=draw(st.builds(ModelRef, words, words, words, st.just(anatomy))),
         pricing=pricing,

@@ -73,7 +73,7 @@ def plan_for(
 ) -> Plan:
     """A plan for a tiny model."""
     blank = empty_plan("tiny", open_host(model).anatomy)
-    pricing = Pricing(criterion, 4.0, 3, RANK, 0.5)
+    pricing = Pricing(criterion, 4.0, 3, RANK, 0.5, 2)
     return dataclasses.replace(blank, pricing=pricing, tokens=tuple(cuts), heads=tuple(heads), skip_unread=skip_unread)
 
 

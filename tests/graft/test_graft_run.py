@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from hesper.errors import UsageError
 from hesper.graft import GraftedViT, graft
-from hesper.graft.deciders import Decision, State
+from hesper.graft.deciders import State
+from hesper.graft.decision import Decision
 from hesper.heart.gated import HEAD_GATES, TOKEN_GATES, gated_forward, ones
 from hesper.hosts import open_host
 from hesper.plan import HeadCut, TokenCut, empty_plan
@@ -65,7 +66,7 @@ def grafted(kind: str, dtype: torch.dtype = torch.float32, criterion: str = "kl"
     return graft(model, plan_for(model, cuts, criterion, **more), tables(model))
 
 
-def by_hand(model: Any, image: Tensor, decide: Any) -> tuple[Tensor, list[list[int]]]:
+def by_hand(model: Any, image: Tensor, decide: Any, keeps_length: bool = False) -> tuple[Tensor, list[list[int]]]:
     """One image through explicit lists of clusters: ``decide(block, tokens)`` gives {gone place: into place or None}.
 
     A cluster is a token with the original patches it stands for; attention counts it once per patch.
@@ -86,6 +87,8 @@ def by_hand(model: Any, image: Tensor, decide: Any) -> tuple[Tensor, list[list[i
                 group = [place, *(source for source, into in fates.items() if into == place)]
                 weights = torch.tensor([max(len(clusters[one]), 1) for one in group], dtype=stream.dtype)
                 mean = (stream[group] * weights[:, None]).sum(0) / weights.sum()
+                if keeps_length:
+                    mean = mean / mean.norm() * (stream[group].norm(dim=1) * weights).sum() / weights.sum()
                 merged.append((mean, [patch for one in group for patch in clusters[one]] if len(group) > 1 else cluster))
             stream, clusters = torch.stack([mean for mean, _ in merged]), [cluster for _, cluster in merged]
         stream = feed_by_hand(block, stream)
@@ -133,7 +136,7 @@ def test_what_is_decided_is_done(kind: str, criterion: str, combine: Any, adapti
         assert (outcome.traffic.fed[:, :3] == model.plan.model.anatomy.tokens - 3 * np.arange(1, 4)).all()
     for image in range(5):
         decisions = {block: fates_of(state, decision, image) for block, (state, decision) in enumerate(watch.seen)}
-        logits, clusters = by_hand(model.network, images[image], decisions.get)
+        logits, clusters = by_hand(model.network, images[image], decisions.get, (criterion, combine) == ("kl", "merge"))
         torch.testing.assert_close(outcome.logits[image], logits, rtol=1e-9, atol=1e-9)
         found = outcome.sources[-1][image].tolist()
         where = {patch: place for place, cluster in enumerate(clusters) for patch in cluster}
@@ -155,20 +158,26 @@ def test_feeding_rows_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch)
     assert max(sizes) == 7 and sum(sizes) == whole.traffic.fed[:, 0].sum()
 
 
+@pytest.mark.parametrize("criterion", ["kl", "tome"])
 @torch.no_grad()
-def test_a_merge_keeps_the_mass_of_every_image() -> None:
-    model, images = grafted("plain", DOUBLE, "kl", cuts_of("merge", [0, 1, 2], threshold=2.0)), pictures(4, DOUBLE)
+def test_a_merge_keeps_the_mass_or_the_length_of_every_image(criterion: str) -> None:
+    """ToMe's mean keeps the size-weighted sum of tokens; merging by curvature keeps the size-weighted sum of their lengths."""
+    how: dict[str, Any] = {"threshold": 2.0} if criterion == "kl" else {"remove": 3}
+    model, images = grafted("plain", DOUBLE, criterion, cuts_of("merge", [0, 1, 2], **how)), pictures(4, DOUBLE)
     watch = Watch(model)
     fed: list[Tensor] = []
     for block in model.network.blocks:
         block.norm2.register_forward_pre_hook(lambda _, arguments: fed.append(arguments[0].clone()))
     model(images)
+
+    def kept(stream: Tensor, state: State, image: int) -> Tensor:
+        own, size = state.layout.split(stream)[image], state.layout.split(state.size)[image]
+        return (own.norm(dim=1) * size).sum() if criterion == "kl" else (own * size[:, None]).sum(0)
+
     for number, (state, _) in enumerate(watch.seen[:2]):
         after = watch.seen[number + 1][0]
         for image in range(4):
-            before = (state.layout.split(state.stream)[image] * state.layout.split(state.size)[image][:, None]).sum(0)
-            now = (after.layout.split(fed[number])[image] * after.layout.split(after.size)[image][:, None]).sum(0)
-            torch.testing.assert_close(now, before, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(kept(fed[number], after, image), kept(state.stream, state, image), rtol=1e-12, atol=1e-12)
             assert after.layout.split(after.size)[image].sum() == state.layout.split(state.size)[image].sum() == 13
 
 

@@ -79,7 +79,7 @@ def _decider(cut: TokenCut, plan: Plan, tables: Mapping[str, Tensor]) -> nn.Modu
 def _by_curvature(cut: TokenCut, plan: Plan, tables: Mapping[str, Tensor]) -> nn.Module:
     own = _tables(cut, plan, tables)
     if cut.combine == "merge" and plan.pricing is not None:
-        return CurvatureMerge(cut, plan.pricing.gamma, own)
+        return CurvatureMerge(cut, plan.pricing.gamma, plan.pricing.rounds, own)
     return ScoredCut(cut, RoutedSensitivity(own), plan.model.anatomy.head_dim)
 
 

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hesper.cost import Counts
+from hesper.graft.decision import Decision
 from hesper.graft.layout import Layout
-from hesper.graft.tokens import INFINITY, cheapest, similarity_prices, ward_prices
+from hesper.graft.linkage import Points, link, paired
+from hesper.graft.tokens import INFINITY, cheapest, similarity_prices
 from hesper.plan import TokenCut
 
 LARGEST_LOG_CURVATURE = 6.0
@@ -36,18 +39,6 @@ class State:
     layout: Layout
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What leaves: the rows ``gone`` ``[m]`` in ascending order, the row each merges ``into`` (None for drops), and how many are left.
-
-    ``left`` counts the tokens of every image that stay.
-    """
-
-    gone: Tensor
-    into: Tensor | None
-    left: tuple[int, ...]
-
-
 class Decider(Protocol):
     """Decides one block's token cut, and knows what deciding costs."""
 
@@ -61,8 +52,8 @@ class Decider(Protocol):
     def prices(self, state: State) -> tuple[Tensor, Tensor | None]:
         """Prices of the candidates ``[images, candidates]``, infinite where there is none, and where each would merge if that is known."""
 
-    def macs(self, tokens: Counts, prefix: int) -> Counts:
-        """MACs spent on deciding for images that have ``tokens`` tokens, ``prefix`` of them prefix tokens.
+    def macs(self, entered: Counts, prefix: int) -> Counts:
+        """MACs spent on deciding, ``[images]``, where ``entered`` ``[rounds, images]`` tokens took part, ``prefix`` of them prefix tokens.
 
         What the image itself needs: in a ragged batch the pairs of smaller images are padded to the largest.
         """
@@ -94,32 +85,39 @@ class Router(nn.Module):
 
 
 class CurvatureMerge(nn.Module):
-    """Merge where Ward's linkage in the curvature metric, scaled by the routed token curvature, is cheap."""
+    """Merge where Ward's linkage in the curvature metric, scaled by the routed token curvature, is cheap, in rounds."""
 
     root: Tensor
     reads_attention = True
 
-    def __init__(self, cut: TokenCut, gamma: float, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, cut: TokenCut, gamma: float, rounds: int, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.cut, self.gamma = cut, gamma
+        self.cut, self.gamma, self.rounds = cut, gamma, rounds
         self.register_buffer("root", weights["root"].clone())
         self.router = Router(weights)
 
-    def prices(self, state: State) -> tuple[Tensor, Tensor]:
-        """Nats of merging each source ``[images, sources]``, and the patch it would merge into."""
-        layout = state.layout
+    def points(self, state: State) -> Points:
+        """Where every token lies, and how much moving it matters."""
         log_weight = self.router(state).clamp(-LARGEST_LOG_CURVATURE, LARGEST_LOG_CURVATURE)
-        points, size, weight = (layout.padded(t) for t in (state.stream @ self.root, state.size, (self.gamma * log_weight).exp()))
-        return ward_prices(points, size, weight, layout.gaps)
+        return Points(state.stream @ self.root, state.size, self.gamma * log_weight, state.layout)
+
+    def prices(self, state: State) -> tuple[Tensor, Tensor]:
+        """Nats of merging each source ``[images, sources]`` in the first round, and the patch it would merge into."""
+        return self.points(state).prices()
 
     def forward(self, state: State) -> Decision:
         """The decision for a batch."""
-        return _bipartite(*self.prices(state), self.cut, state.layout)
+        return link(self.points(state), self.cut, self.rounds)
 
-    def macs(self, tokens: Counts, prefix: int) -> Counts:
-        """MACs spent on deciding: metric and router for every row, distances of all sources to all destinations."""
+    def macs(self, entered: Counts, prefix: int) -> Counts:
+        """MACs spent on deciding: metric and router for every row, distances of sources to destinations, moving what merged early."""
         width, rank = self.root.shape
-        return tokens * (width * rank + self.router.macs_per_token) + _pairs(tokens - prefix) * rank
+        first: Counts = entered[0]
+        deciding: Counts = first * (width * rank + self.router.macs_per_token) + _pairs(first - prefix) * rank
+        for before, tokens in zip(entered, entered[1:], strict=False):
+            again: Counts = _pairs(tokens - prefix) * rank + (before - tokens) * (rank + 1)
+            deciding += np.where(tokens < before, again, 0)  # where nothing has merged the prices stay as they are
+        return deciding
 
 
 class KeyMerge(nn.Module):
@@ -137,11 +135,15 @@ class KeyMerge(nn.Module):
 
     def forward(self, state: State) -> Decision:
         """The decision for a batch."""
-        return _bipartite(*self.prices(state), self.cut, state.layout)
+        (price, to), layout = self.prices(state), state.layout
+        go = cheapest(price, threshold=self.cut.threshold, remove=self.cut.remove)
+        if layout.gaps is not None:
+            go &= layout.valid[:, 1::2]
+        return paired(go, to, layout, first=1, step=2)
 
-    def macs(self, tokens: Counts, prefix: int) -> Counts:
+    def macs(self, entered: Counts, prefix: int) -> Counts:
         """MACs spent on the similarities."""
-        return _pairs(tokens - prefix) * self.head_dim
+        return _pairs(entered[0] - prefix) * self.head_dim
 
 
 class Score(nn.Module):
@@ -214,13 +216,14 @@ class ScoredCut(nn.Module):
         gone = cheapest(price, threshold=self.cut.threshold, remove=self.cut.remove) & layout.valid
         gone = _leave_one(gone, price, layout)
         if self.cut.combine == "drop":
-            return _decision(gone, None, layout)
+            return paired(gone, None, layout)
         keys = nn.functional.normalize(layout.padded(state.key.mean(1)), dim=-1)
         likeness = keys @ keys.transpose(-2, -1)
-        return _decision(gone, likeness.masked_fill((gone | ~layout.valid)[:, None], -INFINITY).argmax(-1), layout)
+        return paired(gone, likeness.masked_fill((gone | ~layout.valid)[:, None], -INFINITY).argmax(-1), layout)
 
-    def macs(self, tokens: Counts, prefix: int) -> Counts:
+    def macs(self, entered: Counts, prefix: int) -> Counts:
         """MACs spent on scores and, for merging, similarities of all patches to all."""
+        tokens = entered[0]
         likeness = (tokens - prefix) ** 2 * self.head_dim if self.cut.combine == "merge" else 0
         return tokens * self.score.macs_per_token + likeness
 
@@ -228,24 +231,6 @@ class ScoredCut(nn.Module):
 def _pairs(patches: Counts) -> Counts:
     """Sources times destinations among alternate tokens."""
     return (patches // 2) * ((patches + 1) // 2)
-
-
-def _bipartite(price: Tensor, to: Tensor, cut: TokenCut, layout: Layout) -> Decision:
-    """The decision of a matching whose sources are the odd patches."""
-    go = cheapest(price, threshold=cut.threshold, remove=cut.remove)
-    if layout.gaps is not None:
-        go &= layout.valid[:, 1::2]
-    return _decision(go, to, layout, first=1, step=2)
-
-
-def _decision(go: Tensor, to: Tensor | None, layout: Layout, first: int = 0, step: int = 1) -> Decision:
-    """From a mask over candidates ``[images, candidates]``, which are the patches ``first``, ``first + step``, ..., to rows."""
-    image, candidate = go.nonzero(as_tuple=True)
-    start = layout.first_patch.index_select(0, image)
-    gone = start + candidate * step + first
-    counts = [len(gone)] if len(go) == 1 else go.sum(1).tolist()
-    left = tuple(count - out for count, out in zip(layout.counts, counts, strict=True))
-    return Decision(gone, None if to is None else start + to[image, candidate], left)
 
 
 def _leave_one(gone: Tensor, price: Tensor, layout: Layout) -> Tensor:

@@ -121,7 +121,9 @@ class GraftedViT(nn.Module):
             if decider.reads_attention:
                 attention = reader_attention(projected, log_size, layout, block.scale)
             state = State(stream.rows, projected.normed, projected.key, projected.value, attention, stream.sizes(), layout)
-            stream.carry_out(decider(state))
+            decision = decider(state)
+            book.entered[index] = decision.entered
+            stream.carry_out(decision)
         book.add(layout.counts, layout.counts, stream.layout.counts)
         stream.feed(block.feed)
 
@@ -134,7 +136,7 @@ class GraftedViT(nn.Module):
             if self.plan.skip_unread and cut.block == anatomy.depth - 1:
                 continue  # its patches do not get as far as a decision
             decider, tokens = cast(Decider, self.deciders[str(cut.block)]), attended[:, cut.block]
-            deciding = deciding + decider.macs(tokens, anatomy.prefix_tokens)
+            deciding = deciding + decider.macs(np.array(book.entered[cut.block], dtype=np.int64), anatomy.prefix_tokens)
             if decider.reads_attention:
                 deciding = deciding + tokens * self.host.blocks[cut.block].heads * anatomy.head_dim
             if cut.combine == "merge":
@@ -175,12 +177,13 @@ class GraftedViT(nn.Module):
 
 
 class _Book:
-    """Keeps count of the tokens block by block."""
+    """Keeps count of the tokens block by block, and of those that entered each round of a decision."""
 
     def __init__(self) -> None:
         self.attended: list[tuple[int, ...]] = []
         self.queries: list[tuple[int, ...]] = []
         self.fed: list[tuple[int, ...]] = []
+        self.entered: dict[int, tuple[tuple[int, ...], ...]] = {}
 
     def add(self, attended: tuple[int, ...], queries: tuple[int, ...], fed: tuple[int, ...]) -> None:
         self.attended.append(attended)

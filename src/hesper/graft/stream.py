@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesper.graft.deciders import Decision
+from hesper.graft.decision import Decision, grouped_mean, mean_length
 from hesper.graft.layout import Layout
 
 # Rows that a feed-forward half takes at once on a CPU: its hidden activations, four times as wide, then stay in cache
@@ -51,34 +51,26 @@ class Stream:
         return torch.ones_like(self.rows[:, 0]) if self.size is None else self.size
 
     def carry_out(self, decision: Decision) -> None:
-        """Take the decided tokens out; what is merged leaves its mass where it goes.
-
-        A destination never leaves itself; one of total size T that receives sources s becomes x_d + sum_s size_s (x_s - x_d) / T,
-        the size-weighted mean.
-        """
-        gone, into = decision.gone, decision.into
-        if not len(gone):
+        """Take the decided tokens out; what is merged leaves its mass where it goes (:func:`~hesper.graft.decision.grouped_mean`)."""
+        if not len(decision.gone):
             return
         before, size = self.rows, self.sizes()
-        keep = torch.ones(len(before), dtype=torch.bool, device=before.device).index_fill_(0, gone, False).nonzero()[:, 0]
-        self.rows = before.index_select(0, keep)
-        if into is not None:
-            to, moved = into - torch.searchsorted(gone, into), size[gone]
-            self.size = size[keep].index_add_(0, to, moved)
-            shift = before.index_select(0, gone).sub_(before.index_select(0, into))
-            self.rows.index_add_(0, to, shift.mul_((moved / self.size[to])[:, None]))
-        elif self.size is not None:
-            self.size = size[keep]
+        if decision.into is None:
+            self.rows = before.index_select(0, decision.kept)
+            self.size = None if self.size is None else size.index_select(0, decision.kept)
+        else:
+            mean, self.size = grouped_mean(before, size, decision)
+            self.rows = mean_length(before, size, decision, mean, self.size) if decision.keeps_length else mean
         self.layout = self.layout.with_counts(decision.left)
-        self._trace(len(before), keep, gone, into)
+        self._trace(decision)
 
-    def _trace(self, rows: int, keep: Tensor, gone: Tensor, into: Tensor | None) -> None:
+    def _trace(self, decision: Decision) -> None:
         if self.origin is None:
             return
-        target = torch.full((rows,), -1, device=keep.device)
-        target[keep] = torch.arange(len(keep), device=keep.device)
-        if into is not None:
-            target[gone] = target[into]
+        target = torch.full((decision.rows,), -1, device=self.origin.device)
+        target[decision.kept] = torch.arange(len(decision.kept), device=self.origin.device)
+        if decision.into is not None:
+            target[decision.gone] = decision.to
         self.origin = torch.where(self.origin >= 0, target[self.origin.clamp_min(0)], -1)
 
     def patch_map(self, first: Layout) -> Tensor:

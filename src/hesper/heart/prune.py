@@ -37,7 +37,7 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to prune. ``rank`` and ``gamma`` shape merging; ``blocks`` says which blocks may let tokens go ("auto" measures)."""
+    """How to prune. ``rank``, ``gamma`` and ``rounds`` shape merging; ``blocks`` says which blocks may let tokens go ("auto" measures)."""
 
     budget: Budget
     criterion: Criterion = field(default_factory=Criterion)
@@ -48,6 +48,7 @@ class Settings:
     heads: Heads = "static"
     rank: int = 24
     gamma: float = 0.35
+    rounds: int = 2
     blocks: Stages | Literal["auto"] = "auto"
     batch_size: int = 32
     seed: int = 0
@@ -61,8 +62,8 @@ class Settings:
                 raise UsageError(f"The setting {name} is {getattr(self, name)!r}; use {' or '.join(map(repr, options))}.")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"The seed is {self.seed}; it must be a whole number from 0 to 2^63 - 1.")
-        if self.rank < 1 or self.batch_size < 1 or not 0 <= self.gamma < float("inf"):
-            raise UsageError("Rank and batch size must be at least 1, and gamma a number of at least 0.")
+        if min(self.rank, self.batch_size, self.rounds) < 1 or not 0 <= self.gamma < float("inf"):
+            raise UsageError("Rank, rounds and batch size must be at least 1, and gamma a number of at least 0.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +180,8 @@ class _Work:
     def _blank(self) -> Plan:
         settings = self.settings
         anatomy = self.model.ref.anatomy
-        pricing = Pricing(settings.criterion.name, settings.criterion.temperature, settings.criterion.draws, settings.rank, settings.gamma)
+        criterion = settings.criterion
+        pricing = Pricing(criterion.name, criterion.temperature, criterion.draws, settings.rank, settings.gamma, settings.rounds)
         provenance = Provenance(
             hesper.__version__,
             torch.__version__,

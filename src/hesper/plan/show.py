@@ -37,7 +37,7 @@ def _asked(plan: Plan) -> list[str]:
     lines = _labelled("asked", f"{_budget(plan.budget)}, {plan.schedule} schedule")
     if plan.pricing is not None:
         pricing = plan.pricing
-        how = f"T = {pricing.temperature:g}, {pricing.draws} draws, rank {pricing.rank}, gamma {pricing.gamma:g}"
+        how = f"T = {pricing.temperature:g}, {pricing.draws} draws, rank {pricing.rank}, gamma {pricing.gamma:g}, {pricing.rounds} rounds"
         text = f"criterion {pricing.criterion}, {how}"
         lines += _labelled("priced", text)
     if plan.expected_loss is not None:

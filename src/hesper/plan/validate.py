@@ -107,6 +107,8 @@ def _check_pricing(plan: Plan) -> None:
         raise UsageError(f"pricing.rank is {pricing.rank}; it must be between 0 and the model's width, {width}")
     if pricing.gamma < 0:
         raise UsageError(f"pricing.gamma is {pricing.gamma}; it must be 0 (no token curvature) or more")
+    if pricing.rounds < 1:
+        raise UsageError(f"pricing.rounds is {pricing.rounds}; a decision needs at least 1 round of matching")
 
 
 def check_budget(budget: Budget) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-SCHEMA = 1
+SCHEMA = 2
 
 Combine = Literal["merge", "drop"]
 BudgetKind = Literal["macs", "loss", "disagreement"]
@@ -67,7 +67,8 @@ class HeadCut:
 class Pricing:
     """How tokens are priced online.
 
-    The criterion behind metric and router with its temperature and draws per image, the metric's rank, the power of the token curvature.
+    The criterion behind metric and router with its temperature and draws per image, the metric's rank, the power of the token
+    curvature, and how many rounds of matching a decision makes.
     """
 
     criterion: str
@@ -75,6 +76,7 @@ class Pricing:
     draws: int
     rank: int
     gamma: float
+    rounds: int
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,16 @@ def command(facts: RunFacts) -> str:
     words += [budget, f"{plan.budget.value:g}", "--confidence", f"{plan.budget.confidence:g}", "--schedule", plan.schedule]
     if plan.pricing is not None:
         words += ["--criterion", plan.pricing.criterion, "--temperature", f"{plan.pricing.temperature:g}"]
-        words += ["--draws", str(plan.pricing.draws), "--rank", str(plan.pricing.rank), "--gamma", f"{plan.pricing.gamma:g}"]
+        words += [
+            "--draws",
+            str(plan.pricing.draws),
+            "--rank",
+            str(plan.pricing.rank),
+            "--gamma",
+            f"{plan.pricing.gamma:g}",
+            "--rounds",
+            str(plan.pricing.rounds),
+        ]
     if plan.tokens:
         words += ["--combine", plan.tokens[0].combine, "--counts", "fixed" if plan.tokens[0].threshold is None else "adaptive"]
     for key in ("heads", "blocks", "batch_size"):

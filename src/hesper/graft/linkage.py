@@ -1,0 +1,79 @@
+"""Ward's linkage of packed tokens in rounds: cheap pairs merge, what they became is priced again, cheap pairs merge again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from hesper.graft.decision import Decision, grouped_mean
+from hesper.graft.layout import Layout
+from hesper.graft.tokens import cheapest, ward_prices
+from hesper.plan import TokenCut
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Packed tokens as pricing sees them.
+
+    ``place`` ``[rows, rank]`` is where they lie in coordinates in which a squared distance is a loss in nats, ``size`` ``[rows]`` how many
+    patches each stands for, ``log_weight`` ``[rows]`` the logarithm of how much a displacement of it matters.
+    """
+
+    place: Tensor
+    size: Tensor
+    log_weight: Tensor
+    layout: Layout
+
+    def prices(self) -> tuple[Tensor, Tensor]:
+        """Nats of merging each source ``[images, sources]`` into its cheapest destination, and that patch."""
+        place, size, weight = (self.layout.padded(own) for own in (self.place, self.size, self.log_weight.exp()))
+        return ward_prices(place, size, weight, self.layout.gaps)
+
+    def merged(self, decision: Decision) -> Points:
+        """What a decision leaves: every group at its mean, its weight the geometric mean."""
+        place, size = grouped_mean(self.place, self.size, decision)
+        log_weight, _ = grouped_mean(self.log_weight[:, None], self.size, decision)
+        return Points(place, size, log_weight[:, 0], self.layout.with_counts(decision.left))
+
+
+def link(points: Points, cut: TokenCut, rounds: int) -> Decision:
+    """Merge odd into even tokens where that is cheap, and again what is left, ``rounds`` times.
+
+    Alternate tokens are sources and destinations, so that one round takes at most every other token and half of all pairs are never
+    compared; what is left stands in another order of odd and even, so the next round compares others. A count is shared out
+    over the rounds, a threshold holds for each.
+    """
+    whole: Decision | None = None
+    for number in range(rounds):
+        price, to = points.prices()
+        layout = points.layout
+        go = cheapest(price, threshold=cut.threshold, remove=_share(cut.remove, number, rounds))
+        if layout.gaps is not None:
+            go &= layout.valid[:, 1::2]
+        decision = replace(paired(go, to, layout, first=1, step=2), keeps_length=True)
+        whole = decision if whole is None else whole.then(decision)
+        if not len(decision.gone):
+            break
+        if number + 1 < rounds:
+            points = points.merged(decision)
+    assert whole is not None
+    return whole
+
+
+def paired(go: Tensor, to: Tensor | None, layout: Layout, first: int = 0, step: int = 1) -> Decision:
+    """From a mask over candidates ``[images, candidates]``, which are the patches ``first``, ``first + step``, ..., to rows.
+
+    ``to`` ``[images, candidates]`` is the patch each would merge into, None for drops.
+    """
+    image, candidate = go.nonzero(as_tuple=True)
+    start = layout.first_patch.index_select(0, image)
+    gone = start + candidate * step + first
+    counts = [len(gone)] if len(go) == 1 else go.sum(1).tolist()
+    left = tuple(count - out for count, out in zip(layout.counts, counts, strict=True))
+    return Decision(layout.rows, gone, None if to is None else start + to[image, candidate], left, (layout.counts,))
+
+
+def _share(remove: int | None, number: int, rounds: int) -> int | None:
+    """How many of ``remove`` tokens go in round ``number``, the earlier rounds taking what does not divide."""
+    return None if remove is None else remove // rounds + (number < remove % rounds)

@@ -1,0 +1,114 @@
+"""Rounds of matching and their composition, against explicit lists of clusters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hesper.graft.decision import Decision, grouped_mean, mean_length
+from hesper.graft.layout import Layout
+from hesper.graft.linkage import Points, link
+from hesper.plan import TokenCut
+
+PREFIX = 1
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> Points:
+    """Packed points of a few images, the first row of each a prefix token."""
+    patches = draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    layout = Layout(tuple(count + PREFIX for count in patches), PREFIX)
+    place = torch.randn(layout.rows, 2, generator=generator, dtype=torch.float64)
+    size = torch.randint(1, 4, (layout.rows,), generator=generator).double()
+    return Points(place, size, torch.randn(layout.rows, generator=generator, dtype=torch.float64), layout)
+
+
+class Cluster:
+    """Rows that became one token, with the mean they have."""
+
+    def __init__(self, rows: list[int], place: Tensor, size: float, log_weight: float) -> None:
+        self.rows, self.place, self.size, self.log_weight = rows, place, size, log_weight
+
+    def price(self, other: Cluster) -> float:
+        mean = (self.size * self.place + other.size * other.place) / (self.size + other.size)
+        return sum(one.size * float(torch.tensor(one.log_weight).exp()) * float((one.place - mean).square().sum()) for one in (self, other))
+
+
+def round_by_hand(clusters: list[Cluster], threshold: float | None, remove: int | None) -> list[Cluster]:
+    """One image's patches after one round."""
+    offers = []
+    for source in range(1, len(clusters), 2):
+        costs = {to: clusters[source].price(clusters[to]) for to in range(0, len(clusters), 2)}
+        to = min(costs, key=lambda place: costs[place])
+        offers.append((costs[to], source, to))
+    taken = [offer for offer in offers if threshold is not None and offer[0] < threshold] or sorted(offers)[: remove or 0]
+    gone = {source for _, source, _ in taken}
+    out = []
+    for place, cluster in enumerate(clusters):
+        if place in gone:
+            continue
+        group = [cluster, *(clusters[source] for _, source, to in taken if to == place)]
+        size = sum(one.size for one in group)
+        mean = sum((one.size * one.place for one in group), torch.zeros(2, dtype=torch.float64)) / size
+        log_weight = sum(one.size * one.log_weight for one in group) / size
+        # Everyone follows the destination's first row, which is the one that stays.
+        out.append(
+            Cluster([cluster.rows[0], *(row for one in group for row in one.rows if row != cluster.rows[0])], mean, size, log_weight)
+        )
+    return out
+
+
+@given(streams(), st.integers(1, 4), st.sampled_from([("threshold", 0.3), ("threshold", 2.0), ("remove", 1), ("remove", 5)]))
+def test_rounds_are_rounds_of_ward_clustering(points: Points, rounds: int, how: tuple[str, float]) -> None:
+    threshold, remove = (how[1], None) if how[0] == "threshold" else (None, int(how[1]))
+    decision = link(points, TokenCut(0, "merge", threshold=threshold, remove=remove), rounds)
+    fate = dict(zip(decision.gone.tolist(), decision.into.tolist(), strict=True)) if decision.into is not None else {}
+    for image, count in enumerate(points.layout.counts):
+        first = points.layout.bounds[image] + PREFIX
+        clusters = [
+            Cluster([row], points.place[row], float(points.size[row]), float(points.log_weight[row]))
+            for row in range(first, first + count - PREFIX)
+        ]
+        for number in range(rounds):
+            share = None if remove is None else remove // rounds + (number < remove % rounds)
+            clusters = round_by_hand(clusters, threshold, share)
+        expected = {row: cluster.rows[0] for cluster in clusters for row in cluster.rows[1:]}
+        assert {row: to for row, to in fate.items() if first <= row < first + count - PREFIX} == expected
+        assert decision.left[image] == len(clusters) + PREFIX
+    assert decision.gone.tolist() == sorted(fate) and not set(fate.values()) & set(fate)
+    assert decision.entered[0] == points.layout.counts and 1 <= len(decision.entered) <= rounds
+
+
+@given(streams(), st.sampled_from([0.3, 2.0]))
+def test_composed_decisions_keep_means_and_sizes(points: Points, threshold: float) -> None:
+    """Means and sizes of two decisions at once are those of one after the other."""
+    cut = TokenCut(0, "merge", threshold=threshold)
+    first = link(points, cut, 1)
+    after = points.merged(first)
+    second = link(after, cut, 1)
+    place, size = grouped_mean(points.place, points.size, first.then(second))
+    expected, mass = grouped_mean(after.place, after.size, second)
+    torch.testing.assert_close(place, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(size, mass) and size.sum() == points.size.sum()
+
+
+def test_merged_tokens_have_the_mean_length_and_the_direction_of_the_mean() -> None:
+    x = torch.randn(7, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    size = torch.tensor([1.0, 2, 1, 3, 1, 1, 2], dtype=torch.float64)
+    decision = Decision(7, torch.tensor([1, 3, 5]), torch.tensor([2, 2, 6]), (4,))
+    mean, total = grouped_mean(x, size, decision)
+    out = mean_length(x, size, decision, mean.clone(), total)
+    for place, group in enumerate([[0], [1, 2, 3], [4], [5, 6]]):
+        length = (x[group].norm(dim=1) * size[group]).sum() / size[group].sum()
+        assert out[place].norm().item() == pytest.approx(length.item(), rel=1e-12)
+        torch.testing.assert_close(torch.nn.functional.normalize(out[place], dim=0), torch.nn.functional.normalize(mean[place], dim=0))
+
+
+def test_opposite_tokens_merge_to_nothing_rather_than_to_infinity() -> None:
+    x, one = torch.tensor([[1.0, -2.0], [-1.0, 2.0]]), torch.ones(2)
+    decision = Decision(2, torch.tensor([1]), torch.tensor([0]), (1,))
+    assert mean_length(x, one, decision, *grouped_mean(x, one, decision)).tolist() == [[0.0, 0.0]]
