@@ -29,7 +29,7 @@ def composed(host: Host, images: torch.Tensor) -> torch.Tensor:
         stream = stream + block.merge_heads(mixed)
         stream = stream + block.feed(stream)
     normed = host.norm(stream)
-    return host.readout(normed[:, :prefix], normed[:, prefix:].mean(1) if host.anatomy.reads_patches else None)
+    return host.readout(normed[:, :prefix], normed[:, prefix:] if host.anatomy.reads_patches else None)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -71,8 +71,8 @@ class GraftedViT(nn.Module):
 
     @property
     def untouched(self) -> bool:
-        """Whether no token is ever let go."""
-        return not self.deciders and not self.plan.skip_unread
+        """Whether nothing is ever let go: no token, and no head, which some hosts' own forward would miss."""
+        return not self.deciders and not self.plan.skip_unread and not self.plan.heads
 
     @property
     def dense_macs(self) -> int:
@@ -97,7 +97,7 @@ class GraftedViT(nn.Module):
                 book.add(first.counts, first.counts, first.counts)
             same = torch.arange(anatomy.tokens - anatomy.prefix_tokens, device=images.device).expand(len(images), -1)
             return self.network(images), book, [same] * anatomy.depth
-        stream = Stream(host.embed(images).flatten(0, 1), first)
+        stream = Stream(host.embed(images).flatten(0, 1), first, place=first.places if host.reads_places else None)
         if trace:
             stream.follow()
         last = anatomy.depth - 1 if self.plan.skip_unread else anatomy.depth
@@ -112,7 +112,7 @@ class GraftedViT(nn.Module):
     def _through(self, index: int, block: HostBlock, stream: Stream, book: _Book) -> None:
         """One block's halves, with the decision between them."""
         layout = stream.layout
-        projected = block.project(stream.rows)
+        projected = block.project(stream.rows, stream.place)
         log_size = None if stream.size is None else stream.size.log()
         stream.add(block.merge_heads(attend(projected, log_size, layout, block.scale)))
         if str(index) in self.deciders:
@@ -142,22 +142,20 @@ class GraftedViT(nn.Module):
         return Traffic(attended, queries, fed, deciding)
 
     def _finish(self, stream: Stream) -> Tensor:
-        """Logits from the last rows; a pooling classifier's mean weighs every token by its size."""
+        """Logits from the last rows; a pooling classifier weighs every token by its size."""
         layout = stream.layout
         normed = self.host.norm(stream.rows)
-        mean = None
-        if self.plan.model.anatomy.reads_patches and stream.size is None and layout.rectangular:
-            mean = layout.padded(normed).mean(1)
-        elif self.plan.model.anatomy.reads_patches:
-            weight = layout.padded(stream.sizes()) * layout.valid
-            mean = (weight[:, None] @ layout.padded(normed))[:, 0] / weight.sum(1, keepdim=True)
-        return self.host.readout(layout.prefix_rows(normed), mean)
+        prefix = layout.prefix_rows(normed)
+        if not self.plan.model.anatomy.reads_patches:
+            return self.host.readout(prefix, None)
+        weight = None if stream.size is None and layout.rectangular else layout.padded(stream.sizes()) * layout.valid
+        return self.host.readout(prefix, layout.padded(normed), weight)
 
     def _finish_readers(self, stream: Stream, book: _Book) -> Tensor:
         """The last block for the prefix alone: nobody reads its patch tokens, so leaving them out changes nothing."""
         block, layout = self.host.blocks[-1], stream.layout
         prefix = layout.prefix_rows(stream.rows)
-        projected = block.project_readers(stream.rows, prefix)
+        projected = block.project_readers(stream.rows, prefix, stream.place)
         log_size = None if stream.size is None else stream.size.log()
         prefix = prefix + block.merge_heads(attend_readers(projected, log_size, layout, block.scale))
         prefix = prefix + block.feed(prefix)

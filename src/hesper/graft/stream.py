@@ -21,13 +21,15 @@ class Stream:
     """The packed rows ``[rows, width]``, where they lie, and how many original tokens each stands for.
 
     ``size`` ``[rows]`` is None while every token stands for itself. ``origin`` (when patches are followed) is the current row that
-    stands for each original row, -1 where it was dropped.
+    stands for each original row, -1 where it was dropped. ``place`` ``[rows]`` (for hosts that read it) is where each row was
+    embedded; what merges into a row leaves its place behind.
     """
 
     rows: Tensor
     layout: Layout
     size: Tensor | None = None
     origin: Tensor | None = None
+    place: Tensor | None = None
 
     def follow(self) -> None:
         """Start following where each original row goes."""
@@ -62,6 +64,7 @@ class Stream:
         before, size = self.rows, self.sizes()
         keep = torch.ones(len(before), dtype=torch.bool, device=before.device).index_fill_(0, gone, False).nonzero()[:, 0]
         self.rows = before.index_select(0, keep)
+        self.place = None if self.place is None else self.place.index_select(0, keep)
         if into is not None:
             to, moved = into - torch.searchsorted(gone, into), size[gone]
             self.size = size[keep].index_add_(0, to, moved)
