@@ -146,7 +146,9 @@ def _check(model: Any, layers: Any) -> None:
             )
     parts = [getattr(getattr(layer, "attention", None), name, None) for layer in layers for name in ATTENTION]
     if not parts or not all(isinstance(part, nn.Linear) for part in parts):
-        raise UsageError(f"The attention of this {kind} is not built as in transformers 5; upgrade transformers, or give the model unaltered.")
+        raise UsageError(
+            f"The attention of this {kind} is not built as transformers' own; upgrade transformers, or give the model unaltered."
+        )
     channels = int(model.config.num_channels)
     if channels != 3:
         raise UsageError(f"A model of images with {channels} channels is not supported; images have 3 here (red, green, blue).")

@@ -83,7 +83,7 @@ class TimmEvaBlock:
         return Projected(normed, attn.q_norm(query), self._rotated(attn.k_norm(key), place, value), value)
 
     def _heads(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(-1, (self.heads, -1))
+        return rows.view(*rows.shape[:-1], self.heads, -1)
 
     def _fused(self, normed: Tensor, first: int, end: int) -> Tensor:
         """Rows through the fused weight's parts ``first`` to ``end`` of query, key and value."""
@@ -93,7 +93,8 @@ class TimmEvaBlock:
         if bias is None and getattr(attn, "q_bias", None) is not None:
             bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         if bias is not None and getattr(attn, "qkv_bias_separate", False):
-            return nn.functional.linear(normed, attn.qkv.weight[own]) + bias[own]
+            apart: Tensor = nn.functional.linear(normed, attn.qkv.weight[own]) + bias[own]
+            return apart
         return nn.functional.linear(normed, attn.qkv.weight[own], None if bias is None else bias[own])
 
     def _rotated(self, rows: Tensor, place: Tensor | None, like: Tensor) -> Tensor:
@@ -103,7 +104,9 @@ class TimmEvaBlock:
             return rows
         if table.ndim == 4:
             table = table[self.index] if len(self.kept) == table.shape[2] else table[self.index][:, self.kept]
-        out: Tensor = apply_rot_embed_cat(rows, table if place is None else table[place], half=getattr(self.block.attn, "rotate_half", False))
+        out: Tensor = apply_rot_embed_cat(
+            rows, table if place is None else table[place], half=getattr(self.block.attn, "rotate_half", False)
+        )
         return out.type_as(like)
 
     def merge_heads(self, mixed: Tensor) -> Tensor:
