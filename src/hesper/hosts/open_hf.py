@@ -46,7 +46,9 @@ def pretrained(name: str) -> tuple[nn.Module, dict[str, Any]]:
     config = _config(name)
     prepared = _preprocessing(name, config)
     with _quiet(), _fetching(name):
-        model, report = _class(config).from_pretrained(name, config=config, output_loading_info=True, **_where(name))
+        # Half-precision files too are opened in full: their measured drift would otherwise be mostly rounding.
+        options = {"dtype": torch.float32, "output_loading_info": True, **_where(name)}
+        model, report = _class(config).from_pretrained(name, config=config, **options)
     lacking = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
     if lacking:
         raise UsageError(f"The weights of {name} lack {listed(lacking)}; give a model that was trained to classify.")
@@ -83,8 +85,7 @@ def blueprint(module: Logits, prepared: Mapping[str, Any]) -> dict[str, str]:
 
 def default_preprocessing(module: Logits) -> dict[str, Any]:
     """The preprocessing of the model's kind, where none came with its weights."""
-    library()
-    return {**_words(_default_processor(module.model.config), module.model.config), "input_size": [3, *module.image_size]}
+    return _default(module.model.config, module.image_size)
 
 
 def _config(name: str) -> Any:
@@ -110,17 +111,20 @@ def _preprocessing(name: str, config: Any) -> dict[str, Any]:
     transformers = library()
     with _quiet():
         try:
-            processor = transformers.AutoImageProcessor.from_pretrained(name, **_where(name))
-        except (OSError, ValueError):  # no preprocessor_config.json, or one of no image
-            processor = _default_processor(config)
-    return _words(processor, config)
+            return _words(transformers.AutoImageProcessor.from_pretrained(name, **_where(name)), config)
+        except (OSError, ValueError):  # no preprocessor_config.json, or one that is not for images
+            return _default(config, _pair(config.image_size))
 
 
-def _default_processor(config: Any) -> Any:
+def _default(config: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """The image processor of the config's kind, for images of ``size``."""
+    transformers = library()
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-    kinds: Any = IMAGE_PROCESSOR_MAPPING[type(config)]
-    return (kinds["torchvision"] if isinstance(kinds, dict) else kinds[-1])()
+    # With registers or without, DINOv2 sees the same images; transformers lists only the latter.
+    known = type(config) if type(config) in IMAGE_PROCESSOR_MAPPING else transformers.Dinov2Config
+    kinds: Any = IMAGE_PROCESSOR_MAPPING[known]
+    return {**_words(kinds["torchvision"](), config), "input_size": [3, *size]}
 
 
 def _words(processor: Any, config: Any) -> dict[str, Any]:
@@ -131,8 +135,7 @@ def _words(processor: Any, config: Any) -> dict[str, Any]:
     size = cropped or resized
     # Only DINOv2 interpolates its positions; the others take images of one size.
     if size is None or not str(config.model_type).startswith("dinov2"):
-        own = config.image_size
-        size = tuple(own) if isinstance(own, (list, tuple)) else (own, own)
+        size = _pair(config.image_size)
     short = getattr(processor.size, "shortest_edge", None) or (min(resized) if resized else min(size))
     unit = 255 * float(processor.rescale_factor) if processor.do_rescale else 255.0
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
@@ -150,6 +153,11 @@ def _words(processor: Any, config: Any) -> dict[str, Any]:
 def _sides(size: Any) -> tuple[int, int] | None:
     height, width = getattr(size, "height", None), getattr(size, "width", None)
     return None if height is None or width is None else (int(height), int(width))
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return int(height), int(width)
 
 
 def _size(prepared: Mapping[str, Any]) -> tuple[int, int]:
