@@ -212,5 +212,8 @@ def test_a_model_that_its_library_would_build_otherwise_is_refused() -> None:
     model: Any = family("hf_vit")
     opened = wrap("mine", model)
     model.vit.layers[0].mlp.fc1.bias = None
-    with pytest.raises(UsageError, match=r"transformers's mine has not the same weights .*fc1\.bias"):
+    with pytest.raises(UsageError, match=r"transformers's mine is not built like the model given \(.*fc1\.bias"):
         check_rebuildable(opened)
+    check_rebuildable(wrap("test_vit", timm.create_model("test_vit", num_classes=3, drop_path_rate=0.1)))
+    with pytest.raises(UsageError, match=r"timm's test_vit is not built like the model given \(blocks\.0\.mlp\.act"):
+        check_rebuildable(wrap("test_vit", timm.create_model("test_vit", num_classes=3, act_layer=torch.nn.SiLU)))

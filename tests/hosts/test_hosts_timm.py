@@ -106,6 +106,28 @@ def test_other_models_are_refused_by_name_and_reason(name: str, reason: str) -> 
         open_host(model)
 
 
+NAMED = {
+    "vit_base_patch16_clip_224": (197, 1, False),
+    "vit_base_patch16_siglip_224": (196, 0, True),
+    "vit_small_patch14_reg4_dinov2": (1374, 5, False),
+    "vit_so400m_patch14_siglip_gap_224": (256, 0, True),
+    "deit_small_distilled_patch16_224": (198, 2, False),
+    "deit3_small_patch16_224": (197, 1, False),
+    "eva02_tiny_patch14_224": (257, 1, True),
+    "eva02_base_patch16_clip_224": (197, 1, False),
+    "vit_small_patch16_rope_224": (197, 1, False),
+    "vit_small_patch16_dinov3": (261, 5, True),
+    "vit_pe_core_tiny_patch16_384": (577, 1, True),
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), NAMED.items())
+def test_timms_names_open(name: str, expected: tuple[int, int, bool]) -> None:
+    with torch.device("meta"):
+        anatomy = open_host(timm.create_model(name, num_classes=10)).anatomy
+    assert (anatomy.tokens, anatomy.prefix_tokens, anatomy.reads_patches) == expected
+
+
 def test_a_subclass_is_refused_however_it_is_called() -> None:
     class VisionTransformer(type(vit())):  # type: ignore[misc]
         pass

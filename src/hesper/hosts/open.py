@@ -14,9 +14,9 @@ from torch import nn
 from hesper.data import Transform
 from hesper.errors import UsageError
 from hesper.hosts import open_hf, open_host, open_timm
-from hesper.hosts import weights as _weights
 from hesper.hosts.base import Host
 from hesper.hosts.open_timm import build
+from hesper.hosts.weights import check_finite, differences, fill, listed, read_weights, weights_sha256
 from hesper.plan import Anatomy, ModelRef
 
 __all__ = ["HF", "OpenModel", "build", "check_rebuildable", "open_model", "rebuild", "wrap"]
@@ -59,19 +59,19 @@ def open_model(name: str, *, weights: str | Path | None = None, anatomy: Anatomy
     open_timm.check_name(name)
     if weights is None:
         return wrap(name, open_timm.pretrained(name))
-    state = _weights.read_weights(weights)
+    state = read_weights(weights)
     classifier = state.get(open_timm.CLASSIFIER)
     module = build(name, anatomy, classes=len(classifier) if classifier is not None and classifier.ndim else None)
-    _weights.fill(module, state, name, weights)
+    fill(module, state, name, weights)
     return wrap(name, module)
 
 
 def _open_hf(name: str, path: str | Path | None) -> OpenModel:
     if path is None:
         return wrap(name, *open_hf.pretrained(name))
-    state = _weights.read_weights(path)
+    state = read_weights(path)
     module, prepared = open_hf.untrained(name, state)
-    _weights.fill(module.model, state, name, path)
+    fill(module.model, state, name, path)
     return wrap(name, module, prepared)
 
 
@@ -83,8 +83,8 @@ def wrap(name: str, module: nn.Module, preprocessing: Mapping[str, Any] | None =
     """
     host = open_host(module.eval().requires_grad_(False))
     host.module.eval()
-    _weights.check_finite(host.module, name)
-    ref = ModelRef(name, host.library, _weights.weights_sha256(host.module.state_dict()), host.anatomy)
+    check_finite(host.module, name)
+    ref = ModelRef(name, host.library, weights_sha256(host.module.state_dict()), host.anatomy)
     inner: Any = host.module
     if host.library == "hf":
         config = dict(preprocessing or open_hf.default_preprocessing(inner))
@@ -106,13 +106,13 @@ def rebuild(ref: ModelRef, blueprint: Mapping[str, str]) -> tuple[nn.Module, Map
 
 
 def check_rebuildable(opened: OpenModel) -> None:
-    """UsageError where its library, asked for the model again, would build one that these weights do not fit."""
+    """UsageError where its library, asked for the model again, would build another one."""
     with torch.device("meta"):
         own, _ = rebuild(opened.ref, opened.blueprint)
-    odd = _weights.differences(own, opened.host.module)
+    odd = differences(own, opened.host.module)
     if odd:
         library = {"timm": "timm", "hf": "transformers"}[opened.ref.library]
         raise UsageError(
-            f"{library}'s {opened.ref.name} has not the same weights as the model given ({_weights.listed(odd)}), so a run of it could not "
-            f"be opened; name the {library} model it was made from."
+            f"{library}'s {opened.ref.name} is not built like the model given ({listed(odd)}), so a run of it could not be opened; "
+            f"name the {library} model it was made from."
         )

@@ -46,7 +46,7 @@ def mean(tokens: Tensor, weight: Tensor | None) -> Tensor:
     """
     if weight is None:
         return tokens.mean(1)
-    return (weight[:, None] @ tokens)[:, 0] / weight.sum(1, keepdim=True)
+    return (tokens * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
 
 
 def with_prefix(prefix: Tensor, patches: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -35,7 +35,10 @@ def check_ends(module: Any) -> None:
     if channels != 3:
         raise UsageError(f"A model of images with {channels} channels is not supported; images have 3 here (red, green, blue).")
     if not isinstance(head, nn.Linear):
-        raise UsageError(f"A classifier of type {type(head).__name__} is not supported; give the model a Linear head (num_classes > 0).")
+        raise UsageError(
+            f"A classifier of type {type(head).__name__} is not supported; give the model a Linear head (num_classes > 0), for example by "
+            "--weights that were trained with one."
+        )
 
 
 def _check_attention_pool(pool: Any) -> None:

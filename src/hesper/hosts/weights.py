@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from hesper.errors import UsageError
 
+IDLE = "idle"
+
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and values, in the order of the names."""
@@ -68,9 +70,21 @@ def check_finite(module: nn.Module, name: str) -> None:
 
 
 def differences(module: nn.Module, other: nn.Module) -> list[str]:
-    """Names of weights that only one of two models has, or that have other shapes."""
+    """Names of weights that only one of two models has or that have other shapes; failing those, of parts of other types.
+
+    What does nothing in evaluation (dropout and its like) is no difference.
+    """
     one, two = module.state_dict(), other.state_dict()
-    return sorted(key for key in one.keys() | two.keys() if key not in one or key not in two or one[key].shape != two[key].shape)
+    odd = sorted(key for key in one.keys() | two.keys() if key not in one or key not in two or one[key].shape != two[key].shape)
+    if odd:
+        return odd
+    here, there = ({name: _kind(part) for name, part in model.named_modules()} for model in (module, other))
+    return sorted(name for name in here.keys() | there.keys() if here.get(name, IDLE) != there.get(name, IDLE))
+
+
+def _kind(part: nn.Module) -> str:
+    name = type(part).__name__
+    return IDLE if name == "Identity" or name.endswith(("DropPath", "Dropout")) else name
 
 
 def listed(names: list[str], most: int = 3) -> str:
