@@ -42,8 +42,8 @@ def fixed_macs(anatomy: Anatomy) -> int:
 
 
 def pooling_macs(anatomy: Anatomy, tokens: Counts) -> Counts:
-    """MACs of a pooling that attends to ``tokens`` tokens at the end; none for other classifiers."""
-    return tokens * (anatomy.readout_token_macs or 0)
+    """MACs that a pooling by attention spends on the patches of images with ``tokens`` tokens left; none for other classifiers."""
+    return (tokens - anatomy.prefix_tokens) * (anatomy.readout_token_macs or 0)
 
 
 def dense_macs(anatomy: Anatomy) -> int:

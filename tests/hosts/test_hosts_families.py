@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -206,6 +207,15 @@ def test_projecting_for_readers_is_projecting_with_fewer_queries(kind: str) -> N
     torch.testing.assert_close(some.query, every.query[:, :prefix], rtol=1e-12, atol=1e-12)
     for name in ("normed", "key", "value"):
         torch.testing.assert_close(getattr(some, name), getattr(every, name), rtol=1e-12, atol=1e-12)
+
+
+def test_a_model_can_be_copied_while_gradients_run_through_its_rotations() -> None:
+    cut, images = grafted("rotary_mixed", cuts=cuts_of("merge", [0], remove=2)), shots("rotary_mixed", 2, DOUBLE)
+    cut.requires_grad_()
+    logits = cut(images)
+    assert torch.equal(copy.deepcopy(cut)(images), logits)
+    logits.sum().backward()
+    assert cut.network.rope.freqs.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("kind", ["attention_pool", "eva02", "rotary_attention_pool", "hf_dinov2"])

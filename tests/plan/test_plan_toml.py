@@ -158,6 +158,7 @@ def test_a_text_that_says_it_wrong_is_refused(old: str, new: str, message: str) 
         ("provenance.seed", -1, "provenance.seed"),
         ("model.anatomy.depth", 0, "model.anatomy.depth is 0"),
         ("model.anatomy.grid", (0, 14), "grid must be at least 1"),
+        ("model.anatomy.readout_macs", -1, "must be 0 or more"),
         ("model.anatomy.prefix_tokens", 197, "prefix_tokens is 197"),
     ],
 )

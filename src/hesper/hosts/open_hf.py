@@ -145,7 +145,8 @@ def _words(processor: Any, config: Any) -> dict[str, Any]:
         "interpolation": {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}.get(int(processor.resample), "bicubic"),
         "mean": [float(value) / unit for value in mean],
         "std": [float(value) / unit for value in std],
-        "crop_pct": min(size) / max(short, min(size)) if processor.do_resize else 1.0,
+        # timm divides by this share and rounds down: a hair more keeps it from the next smaller size.
+        "crop_pct": min(size) / (max(short, min(size)) + 1e-6) if processor.do_resize else 1.0,
         "crop_mode": "center" if keeps_ratio else "squash",
     }
 

@@ -97,13 +97,13 @@ def pools_prefix(module: Any) -> bool:
 
 
 def _pool_macs(module: Any, prefix: int) -> tuple[int, int]:
-    """MACs of attention pooling: per image, and per token of the stream."""
+    """MACs of attention pooling: per image (prefix tokens included, where it reads them), and per patch."""
     pool = module.attn_pool
     if pool is None:
         return 0, 0
     per_token = linear_weights(pool.kv) + 2 * pool.latent_len * pool.num_heads * pool.head_dim
     per_image = pool.latent_len * sum(linear_weights(part) for part in (pool.q, pool.proj, pool.mlp) if part is not None)
-    return per_image - (0 if pools_prefix(module) else prefix * per_token), per_token
+    return per_image + (prefix * per_token if pools_prefix(module) else 0), per_token
 
 
 def read_out(module: Any, prefix: Tensor, patches: Tensor | None, weight: Tensor | None) -> Tensor:

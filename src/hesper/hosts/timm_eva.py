@@ -33,6 +33,9 @@ class Rotation:
     def __init__(self) -> None:
         self.table: Tensor | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rotation:
+        return Rotation()  # the next embedding fills it; a table that gradients run through cannot be copied
+
     def set(self, patches: Tensor | None, prefix: int) -> None:
         """Take the patches' embedding ``[patches, 2 * head_dim]`` or ``[depth, heads, patches, 2 * head_dim]``."""
         if patches is None:
