@@ -107,6 +107,12 @@ def test_without_an_image_processor_the_kinds_own_is_taken(tmp_path: Path) -> No
     assert opened.transform(picture()).shape == (3, 32, 32)
 
 
+def test_an_image_processor_that_cannot_be_read_is_not_replaced_by_another(tmp_path: Path) -> None:
+    (saved(tmp_path, "hf_vit") / "preprocessor_config.json").write_text("{ torn")
+    with pytest.raises(JobError, match="could not be read"):
+        open_model(f"hf:{tmp_path}")
+
+
 def test_a_file_of_weights_brings_its_number_of_classes(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", "hf_dinov2")
     state = dict(family("hf_dinov2").state_dict())
@@ -161,6 +167,8 @@ def test_the_command_line_takes_hf_names(images: Path, tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", "hf_vit")
     result = command("prune", f"hf:{folder}", "--calib", images, "--macs", 0.9, "--out", tmp_path / "run", *QUICK)
     assert result.exit_code == 0, result.stderr
+    assert command("show", tmp_path / "run").exit_code == 0
+    assert command("report", tmp_path / "run", "--out", tmp_path / "report.html").exit_code == 0
     shown = command("eval", f"hf:{folder}", "--data", images, "--no-labels", "--json")
     assert shown.exit_code == 0 and json.loads(shown.stdout)["agreement"] == 1
 

@@ -24,6 +24,7 @@ from hesper.hosts.refusal import refused
 from hesper.hosts.weights import first_line, listed
 
 CONFIG, PREPROCESSING = "config", "preprocessing"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 LOGGERS = ("transformers", "huggingface_hub")
 
 
@@ -107,13 +108,24 @@ def _class(config: Any) -> Any:
 
 
 def _preprocessing(name: str, config: Any) -> dict[str, Any]:
-    """The image processor saved with the model, or else its kind's."""
+    """The image processor saved with the model; where there is none (not where it cannot be fetched), its kind's."""
     transformers = library()
-    with _quiet():
+    with _quiet(), _fetching(name):
         try:
-            return _words(transformers.AutoImageProcessor.from_pretrained(name, **_where(name)), config)
-        except (OSError, ValueError):  # no preprocessor_config.json, or one that is not for images
+            processor = transformers.AutoImageProcessor.from_pretrained(name, **_where(name))
+        except OSError:
+            if _has_processor(name):
+                raise
             return _default(config, _pair(config.image_size))
+        return _words(processor, config)
+
+
+def _has_processor(name: str) -> bool:
+    import huggingface_hub  # transformers brings it
+
+    if Path(name).is_dir():
+        return any((Path(name) / file).is_file() for file in PROCESSORS)
+    return any(huggingface_hub.file_exists(name, file) for file in PROCESSORS)
 
 
 def _default(config: Any, size: tuple[int, int]) -> dict[str, Any]:
