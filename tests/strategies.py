@@ -57,6 +57,8 @@ anatomies = st.builds(
     image_size=pairs,
     grid=pairs,
     reads_patches=st.booleans(),
+    readout_macs=st.none() | counts,
+    readout_token_macs=st.none() | counts,
 )
 budgets = st.one_of(
     st.builds(Budget, kind=st.just("macs"), value=st.floats(0.01, 1), confidence=st.floats(0.01, 0.99)),

@@ -33,7 +33,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         module.load_state_dict(weights)
         return module
 
-    monkeypatch.setattr("hesper.hosts.open._pretrained", pretrained)
+    monkeypatch.setattr("hesper.hosts.open_timm.pretrained", pretrained)
     write_images(tmp_path / "images", 8)
     write_images(tmp_path / "val", 4, seed=1)
     (tmp_path / "classes.txt").write_text("\n".join(CLASSES))

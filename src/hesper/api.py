@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hesper.data import ImageSet, Skipped, batches, check_labels, class_folders, open_folder, read_class_map
@@ -19,7 +19,8 @@ from hesper.graft import GraftedViT, graft
 from hesper.heart.gallery import choose_images, make_gallery, save_gallery
 from hesper.heart.prune import Pruned, Settings
 from hesper.heart.prune import prune as prune_model
-from hesper.hosts.open import OpenModel, build, check_rebuildable, open_model, wrap
+from hesper.hosts import open_host
+from hesper.hosts.open import HF, OpenModel, check_rebuildable, open_model, rebuild, wrap
 from hesper.measure.evaluate import Evaluation
 from hesper.measure.evaluate import evaluate as evaluate_model
 from hesper.plan import Plan, dumps, empty_plan
@@ -62,11 +63,11 @@ def prune(
     """Prune a model within a budget and write a run folder: plan, weights, record, gallery.
 
     Args:
-        model: a timm name, or a model that is open already.
+        model: a timm name, ``hf:`` and a Hugging Face name or folder, or a model that is open already.
         calib: a folder of calibration images; half of them only verify.
         out: the run folder to make; it must not exist.
         settings: budget and method.
-        weights: a weights file for a name, instead of timm's pretrained weights.
+        weights: a weights file for a name, instead of its pretrained weights.
         class_map: class names by label, one a line; without it the sorted class folders are the classes.
         data: a folder of images to evaluate the pruned model on afterwards; the record gets a second entry.
         labelled: whether to use the class folders of ``data`` as labels; None finds out.
@@ -93,7 +94,7 @@ def prune(
         pruned = prune_model(_on(opened, device), dataclasses.replace(images, device=device), settings, progress)
         cut = pruned.model.cpu()
         write_text(folder / PLAN, dumps(pruned.chosen.plan))
-        safetensors.torch.save_file(_tensors(opened, cut), folder / MODEL)
+        safetensors.torch.save_file(_tensors(opened, cut), folder / MODEL, metadata=dict(opened.blueprint) or None)
         chosen = [pruned.verify[i] for i in choose_images(pruned.chosen.evaluation.macs.tolist())]
         save_gallery(folder, make_gallery(opened, cut, images, chosen))
         seal(folder, "prune", asked=asked, results=_results(pruned, images, pruned.skipped))
@@ -129,9 +130,9 @@ def evaluate(
     """Evaluate a run folder, or a dense model by name, on a folder of images, paired with the dense model; a run's record gets an entry.
 
     Args:
-        target: a run folder, or a timm name.
+        target: a run folder, a timm name, or ``hf:`` and a Hugging Face name or folder.
         data: a folder of images; with class folders they are labelled, without they are not.
-        weights: a weights file, for a timm name.
+        weights: a weights file, for a name.
         class_map: class names by label; a run remembers the one it was made with.
         labelled: whether to use class folders as labels; None finds out.
         batch_size: images at a time.
@@ -148,7 +149,8 @@ def evaluate(
     run = _run_of(target)
     if run is None:
         opened = open_model(str(target), weights=weights)
-        cut, classes = graft(opened.host.module, empty_plan(str(target), opened.ref.anatomy)), None
+        blank = dataclasses.replace(empty_plan(opened.ref.name, opened.ref.anatomy), model=opened.ref)
+        cut, classes = graft(opened.host.module, blank), None
     else:
         if weights is not None:
             raise UsageError(f"{target} is a run folder, which holds its own weights; leave --weights out.")
@@ -167,6 +169,8 @@ def _run_of(target: str | Path) -> RunFolder | None:
     path = Path(target)
     if path.is_dir():
         return open_run(path)
+    if str(target).startswith(HF):
+        return None
     if path.exists():
         raise UsageError(f"{target} is a file; give the RUN folder it lies in, or the name of a model.")
     if len(path.parts) > 1:  # no model's name holds a path separator
@@ -176,7 +180,9 @@ def _run_of(target: str | Path) -> RunFolder | None:
 
 def _on(opened: OpenModel, device: str) -> OpenModel:
     """``opened`` on a device; elsewhere than on the processor a copy, since the original is never touched."""
-    return opened if device == "cpu" else wrap(opened.ref.name, copy.deepcopy(opened.host.module).to(device))
+    if device == "cpu":
+        return opened
+    return dataclasses.replace(opened, host=open_host(copy.deepcopy(opened.host.module).to(device)))
 
 
 def _compare(
@@ -241,9 +247,10 @@ def _images(
 
 
 def _load(run: RunFolder) -> GraftedViT:
-    state = _state(run)
+    state, blueprint = _state(run)
     tables = {name.removeprefix(DECIDERS): tensor for name, tensor in state.items() if name.startswith(DECIDERS)}
-    cut = graft(build(run.plan.model.name, run.plan.model.anatomy), run.plan, _for_all_heads(tables, run.plan))
+    module, _ = rebuild(run.plan.model, blueprint)
+    cut = graft(module, run.plan, _for_all_heads(tables, run.plan))
     _fill(cut, {name: tensor for name, tensor in state.items() if not name.startswith(DENSE)}, run)
     return cut
 
@@ -261,20 +268,22 @@ def _for_all_heads(tables: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor
 
 def _open_dense(run: RunFolder) -> OpenModel:
     """The dense model of a run: its network, with what head cuts removed put back."""
-    state = _state(run)
+    state, blueprint = _state(run)
     dense = {name.removeprefix(NETWORK): tensor for name, tensor in state.items() if name.startswith(NETWORK)}
     dense |= {name.removeprefix(DENSE): tensor for name, tensor in state.items() if name.startswith(DENSE)}
-    module = build(run.plan.model.name, run.plan.model.anatomy)
+    module, preprocessing = rebuild(run.plan.model, blueprint)
     _fill(module, dense, run)
-    opened = wrap(run.plan.model.name, module)
+    opened = wrap(run.plan.model.name, module, preprocessing)
     if opened.ref != run.plan.model:
         raise UsageError(f"{run.path / MODEL} does not hold the dense weights the plan was made for; make the run again.")
     return opened
 
 
-def _state(run: RunFolder) -> dict[str, Tensor]:
+def _state(run: RunFolder) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A run's tensors, and what its file says about rebuilding the model."""
     try:
-        return safetensors.torch.load_file(run.path / MODEL)
+        with safe_open(run.path / MODEL, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  # no mapping
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{run.path / MODEL} cannot be read ({error}); restore it or make the run again.") from error
 

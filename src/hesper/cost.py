@@ -37,7 +37,13 @@ def block_macs(anatomy: Anatomy, heads: int, attended: Counts, queries: Counts, 
 def fixed_macs(anatomy: Anatomy) -> int:
     """MACs that no plan changes: patch embedding and classifier."""
     patches = anatomy.tokens - anatomy.prefix_tokens
-    return patches * anatomy.patch_values * anatomy.width + anatomy.width * anatomy.classes
+    readout = anatomy.width * anatomy.classes if anatomy.readout_macs is None else anatomy.readout_macs
+    return patches * anatomy.patch_values * anatomy.width + readout
+
+
+def pooling_macs(anatomy: Anatomy, tokens: Counts) -> Counts:
+    """MACs that a pooling by attention spends on the patches of images with ``tokens`` tokens left; none for other classifiers."""
+    return (tokens - anatomy.prefix_tokens) * (anatomy.readout_token_macs or 0)
 
 
 def dense_macs(anatomy: Anatomy) -> int:
@@ -48,7 +54,8 @@ def dense_macs(anatomy: Anatomy) -> int:
         1253683200
     """
     every = np.array([anatomy.tokens], dtype=np.int64)
-    return anatomy.depth * int(block_macs(anatomy, anatomy.heads, every, every, every)[0]) + fixed_macs(anatomy)
+    blocks = anatomy.depth * int(block_macs(anatomy, anatomy.heads, every, every, every)[0])
+    return blocks + int(pooling_macs(anatomy, every)[0]) + fixed_macs(anatomy)
 
 
 def model_macs(anatomy: Anatomy, heads: Sequence[int], attended: Counts, queries: Counts, fed: Counts, deciding: Counts) -> Counts:
@@ -69,7 +76,7 @@ def model_macs(anatomy: Anatomy, heads: Sequence[int], attended: Counts, queries
     Returns:
         ``[images]`` counts.
     """
-    total = deciding + fixed_macs(anatomy)
+    total = deciding + pooling_macs(anatomy, fed[:, -1]) + fixed_macs(anatomy)
     for block, count in enumerate(heads):
         total = total + block_macs(anatomy, count, attended[:, block], queries[:, block], fed[:, block])
     return total
@@ -86,5 +93,5 @@ def token_macs(anatomy: Anatomy, blocks: Sequence[int]) -> float:
     every = np.array([anatomy.tokens], dtype=np.int64)
     fewer = every - 1
     whole = int((block_macs(anatomy, anatomy.heads, every, every, every) - block_macs(anatomy, anatomy.heads, fewer, fewer, fewer))[0])
-    feed = 2 * anatomy.width * anatomy.mlp_width
+    feed = 2 * anatomy.width * anatomy.mlp_width + (anatomy.readout_token_macs or 0)
     return float(np.mean([feed + whole * (anatomy.depth - 1 - block) for block in blocks]))

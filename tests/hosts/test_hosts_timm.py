@@ -8,6 +8,7 @@ import timm
 import torch
 from timm.layers import GluMlp, SwiGLU
 from timm.layers.mlp import GlobalResponseNormMlp
+from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 from torch import nn
 
@@ -29,7 +30,7 @@ def composed(host: Host, images: torch.Tensor) -> torch.Tensor:
         stream = stream + block.merge_heads(mixed)
         stream = stream + block.feed(stream)
     normed = host.norm(stream)
-    return host.readout(normed[:, :prefix], normed[:, prefix:].mean(1) if host.anatomy.reads_patches else None)
+    return host.readout(normed[:, :prefix], normed[:, prefix:] if host.anatomy.reads_patches else None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -68,11 +69,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"block_fn": ParallelScalingBlock}, "Block 0 is a ParallelScalingBlock"),
     ({"block_fn": ResPostBlock}, "Block 0 is a ResPostBlock"),
     ({"attn_layer": "diff"}, "Block 0 has attention of type DiffAttention"),
-    ({"global_pool": "map", "class_token": False}, "pools by 'map'"),
     ({"global_pool": "avgmax"}, "pools by 'avgmax'"),
     ({"global_pool": "max"}, "pools by 'max'"),
     ({"global_pool": ""}, "pools by ''"),
-    ({"global_pool": "avg", "pool_include_prefix": True}, "pools by 'avg with prefix tokens'"),
     ({"num_classes": 0}, "classifier of type Identity"),
     ({"dynamic_img_size": True, "dynamic_img_pad": True}, "PatchEmbed with dynamic padding"),
 ]
@@ -84,10 +83,76 @@ def test_what_is_not_supported_is_refused_by_name(options: dict[str, Any], reaso
         open_host(vit(**options))
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "deit_tiny_distilled_patch16_224", "resnet18"])
-def test_other_models_are_refused_by_name(name: str) -> None:
-    model = timm.create_model(name)
-    with pytest.raises(UsageError, match=f"type {type(model).__name__} is not supported, since"):
+OTHERS = {
+    "swin_tiny_patch4_window7_224": "windows of a regular grid",
+    "swinv2_cr_tiny_224": "windows of a regular grid",
+    "maxvit_tiny_tf_224": "windows of a regular grid",
+    "levit_128": "between stages",
+    "mvitv2_tiny": "between stages",
+    "hiera_tiny_224": "between stages",
+    "beit_base_patch16_224": "a bias for every pair of places",
+    "vit_relpos_small_patch16_224": "a bias for every pair of places",
+    "xcit_nano_12_p16_224": "between channels",
+    "resnet18": "no attention",
+    "tnt_s_patch16_224": "not known to compose",
+}
+
+
+@pytest.mark.parametrize(("name", "reason"), OTHERS.items())
+def test_other_models_are_refused_by_name_and_reason(name: str, reason: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(UsageError, match=f"type {type(model).__name__} is not supported, since .*{reason}"):
+        open_host(model)
+
+
+NAMED = {
+    "vit_base_patch16_clip_224": (197, 1, False),
+    "vit_base_patch16_siglip_224": (196, 0, True),
+    "vit_small_patch14_reg4_dinov2": (1374, 5, False),
+    "vit_so400m_patch14_siglip_gap_224": (256, 0, True),
+    "deit_small_distilled_patch16_224": (198, 2, False),
+    "deit3_small_patch16_224": (197, 1, False),
+    "eva02_tiny_patch14_224": (257, 1, True),
+    "eva02_base_patch16_clip_224": (197, 1, False),
+    "vit_small_patch16_rope_224": (197, 1, False),
+    "vit_small_patch16_dinov3": (261, 5, True),
+    "vit_pe_core_tiny_patch16_384": (577, 1, True),
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), NAMED.items())
+def test_timms_names_open(name: str, expected: tuple[int, int, bool]) -> None:
+    with torch.device("meta"):
+        anatomy = open_host(timm.create_model(name, num_classes=10)).anatomy
+    assert (anatomy.tokens, anatomy.prefix_tokens, anatomy.reads_patches) == expected
+
+
+def test_a_subclass_is_refused_however_it_is_called() -> None:
+    class VisionTransformer(type(vit())):  # type: ignore[misc]
+        pass
+
+    with pytest.raises(UsageError, match="not known to compose"):
+        open_host(VisionTransformer(depth=1))
+
+
+EVA_REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"use_post_norm": True}, "Block 0 is a EvaBlockPostNorm"),
+    ({"attn_type": "rope", "qkv_fused": False, "num_kv_heads": 1}, "Block 0 shares keys and values between heads"),
+    ({"global_pool": "max"}, "pools by 'max'"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), EVA_REFUSED)
+def test_what_is_not_supported_of_eva_is_refused_by_name(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        open_host(Eva(img_size=32, embed_dim=24, depth=2, num_heads=3, num_classes=5, **options))
+
+
+def test_attention_pooling_with_places_of_its_own_is_refused() -> None:
+    model = vit(global_pool="map", class_token=False)
+    model.attn_pool.pos_embed = nn.Parameter(torch.zeros(12, 24))
+    with pytest.raises(UsageError, match="positions of its own"):
         open_host(model)
 
 

@@ -40,7 +40,7 @@ __all__ = ["evaluate", "table"]
 def evaluate(
     target: str, data: Path, weights: Path | None, class_map: Path | None, labels: bool | None, batch_size: int, device: str, json_: bool
 ) -> None:
-    """Evaluate RUN, or a dense MODEL by its timm name, paired with the dense model on the same images.
+    """Evaluate RUN, or a dense MODEL by its name (timm's, or hf:NAME), paired with the dense model on the same images.
 
     A run's record gets an entry. Multiply-accumulates are those that really ran, the decisions' own included, per image.
     """

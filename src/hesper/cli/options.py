@@ -38,7 +38,7 @@ def example(*lines: str) -> str:
 
 def with_weights(command: F) -> F:
     """--weights FILE."""
-    text = "Weights of the dense model, .safetensors or a .pth state dict; without it timm's pretrained ones (downloaded on first use)."
+    text = "Weights of the dense model, .safetensors or a .pth state dict; without it its pretrained ones (downloaded on first use)."
     return click.option("--weights", type=file_path(), metavar="FILE", help=text)(command)
 
 

@@ -93,7 +93,7 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, metavar="N", help="For all that is random.")
 @with_json
 def prune(**options: Any) -> None:
-    """Prune MODEL, a timm name, within a budget, and write a run folder: plan, weights, record and report.
+    """Prune MODEL, a timm name or hf:NAME, within a budget, and write a run folder: plan, weights, record and report.
 
     Exactly one budget is needed: --macs, --loss-budget or --max-disagreement. It is verified on calibration images that fitted
     nothing. No weight of the network is trained.

@@ -223,7 +223,7 @@ class ScoredCut(nn.Module):
 
     def macs(self, entered: Counts, prefix: int) -> Counts:
         """MACs spent on scores and, for merging, similarities of all patches to all."""
-        tokens = entered[0]
+        tokens: Counts = entered[0]
         likeness = (tokens - prefix) ** 2 * self.head_dim if self.cut.combine == "merge" else 0
         return tokens * self.score.macs_per_token + likeness
 

@@ -84,6 +84,12 @@ class Layout:
         """``[rows]`` which image each row belongs to."""
         return torch.repeat_interleave(torch.arange(len(self.counts), device=self.device), self.lengths)
 
+    @cached_property
+    def places(self) -> Tensor:
+        """``[rows]`` the place of each row among its image's."""
+        first = torch.tensor(self.bounds[:-1], device=self.device)
+        return torch.arange(self.rows, device=self.device) - self.spread(first)
+
     def by_image(self, rows: Tensor) -> Tensor:
         """Rows ``[rows, ...]`` as a view ``[images, tokens, ...]``; for rectangular layouts only."""
         return rows.view(len(self.counts), self.counts[0], *rows.shape[1:])

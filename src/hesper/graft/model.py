@@ -16,6 +16,7 @@ from hesper.graft.attention import attend, attend_readers, reader_attention
 from hesper.graft.deciders import Decider, State
 from hesper.graft.layout import Layout
 from hesper.graft.stream import Stream
+from hesper.graft.unmerge import full_grid, stand_ins
 from hesper.hosts.base import Host, HostBlock
 from hesper.plan import Plan
 
@@ -71,8 +72,8 @@ class GraftedViT(nn.Module):
 
     @property
     def untouched(self) -> bool:
-        """Whether no token is ever let go."""
-        return not self.deciders and not self.plan.skip_unread
+        """Whether nothing is ever let go: no token, and no head, which some hosts' own forward would miss."""
+        return not self.deciders and not self.plan.skip_unread and not self.plan.heads
 
     @property
     def dense_macs(self) -> int:
@@ -87,6 +88,38 @@ class GraftedViT(nn.Module):
         macs = model_macs(anatomy, heads, traffic.attended, traffic.queries, traffic.fed, traffic.deciding)
         return Outcome(logits, macs, traffic, tuple(maps) if trace else None)
 
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Normed tokens on the full grid, ``[images, prefix + patches, width]``, as the host has them before pooling.
+
+        Every patch gets the row of the token it merged into; a dropped one that of the nearest patch which still has a token. The
+        last block is computed for all tokens, also where ``plan.skip_unread`` leaves it out of the logits.
+
+        Example:
+            >>> import timm, torch
+            >>> from hesper.graft import graft
+            >>> from hesper.hosts import open_host
+            >>> from hesper.plan import empty_plan
+            >>> model = timm.create_model("test_vit", num_classes=5).eval()
+            >>> features = graft(model, empty_plan("test_vit", open_host(model).anatomy)).forward_features(torch.randn(2, 3, 160, 160))
+            >>> features.shape
+            torch.Size([2, 101, 64])
+        """
+        self._check(images)
+        anatomy = self.plan.model.anatomy
+        stream, book = self._embed(images), _Book()
+        first = stream.layout
+        stream.follow()
+        for index, block in enumerate(self.host.blocks):
+            self._through(index, block, stream, book, decide=not self.plan.skip_unread or index < anatomy.depth - 1)
+        where = stand_ins(stream.patch_map(first), anatomy.grid)
+        return full_grid(self.host.norm(stream.rows), stream.layout, where)
+
+    def _embed(self, images: Tensor) -> Stream:
+        """The stream that enters the first block."""
+        anatomy = self.plan.model.anatomy
+        first = Layout((anatomy.tokens,) * len(images), anatomy.prefix_tokens, images.device)
+        return Stream(self.host.embed(images).flatten(0, 1), first, place=first.places if self.host.reads_places else None)
+
     def _run(self, images: Tensor, trace: bool) -> tuple[Tensor, _Book, list[Tensor]]:
         self._check(images)
         host, anatomy = self.host, self.plan.model.anatomy
@@ -97,7 +130,7 @@ class GraftedViT(nn.Module):
                 book.add(first.counts, first.counts, first.counts)
             same = torch.arange(anatomy.tokens - anatomy.prefix_tokens, device=images.device).expand(len(images), -1)
             return self.network(images), book, [same] * anatomy.depth
-        stream = Stream(host.embed(images).flatten(0, 1), first)
+        stream = self._embed(images)
         if trace:
             stream.follow()
         last = anatomy.depth - 1 if self.plan.skip_unread else anatomy.depth
@@ -109,13 +142,13 @@ class GraftedViT(nn.Module):
         logits = self._finish_readers(stream, book) if self.plan.skip_unread else self._finish(stream)
         return logits, book, maps
 
-    def _through(self, index: int, block: HostBlock, stream: Stream, book: _Book) -> None:
+    def _through(self, index: int, block: HostBlock, stream: Stream, book: _Book, decide: bool = True) -> None:
         """One block's halves, with the decision between them."""
         layout = stream.layout
-        projected = block.project(stream.rows)
+        projected = block.project(stream.rows, stream.place)
         log_size = None if stream.size is None else stream.size.log()
         stream.add(block.merge_heads(attend(projected, log_size, layout, block.scale)))
-        if str(index) in self.deciders:
+        if decide and str(index) in self.deciders:
             decider = cast(Decider, self.deciders[str(index)])
             attention = projected.key.new_empty(layout.rows, 0)
             if decider.reads_attention:
@@ -144,22 +177,20 @@ class GraftedViT(nn.Module):
         return Traffic(attended, queries, fed, deciding)
 
     def _finish(self, stream: Stream) -> Tensor:
-        """Logits from the last rows; a pooling classifier's mean weighs every token by its size."""
+        """Logits from the last rows; a pooling classifier weighs every token by its size."""
         layout = stream.layout
         normed = self.host.norm(stream.rows)
-        mean = None
-        if self.plan.model.anatomy.reads_patches and stream.size is None and layout.rectangular:
-            mean = layout.padded(normed).mean(1)
-        elif self.plan.model.anatomy.reads_patches:
-            weight = layout.padded(stream.sizes()) * layout.valid
-            mean = (weight[:, None] @ layout.padded(normed))[:, 0] / weight.sum(1, keepdim=True)
-        return self.host.readout(layout.prefix_rows(normed), mean)
+        prefix = layout.prefix_rows(normed)
+        if not self.plan.model.anatomy.reads_patches:
+            return self.host.readout(prefix, None)
+        weight = None if stream.size is None and layout.rectangular else layout.padded(stream.sizes()) * layout.valid
+        return self.host.readout(prefix, layout.padded(normed), weight)
 
     def _finish_readers(self, stream: Stream, book: _Book) -> Tensor:
         """The last block for the prefix alone: nobody reads its patch tokens, so leaving them out changes nothing."""
         block, layout = self.host.blocks[-1], stream.layout
         prefix = layout.prefix_rows(stream.rows)
-        projected = block.project_readers(stream.rows, prefix)
+        projected = block.project_readers(stream.rows, prefix, stream.place)
         log_size = None if stream.size is None else stream.size.log()
         prefix = prefix + block.merge_heads(attend_readers(projected, log_size, layout, block.scale))
         prefix = prefix + block.feed(prefix)

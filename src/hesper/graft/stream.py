@@ -21,13 +21,15 @@ class Stream:
     """The packed rows ``[rows, width]``, where they lie, and how many original tokens each stands for.
 
     ``size`` ``[rows]`` is None while every token stands for itself. ``origin`` (when patches are followed) is the current row that
-    stands for each original row, -1 where it was dropped.
+    stands for each original row, -1 where it was dropped. ``place`` ``[rows]`` (for hosts that read it) is where each row was
+    embedded; what merges into a row leaves its place behind.
     """
 
     rows: Tensor
     layout: Layout
     size: Tensor | None = None
     origin: Tensor | None = None
+    place: Tensor | None = None
 
     def follow(self) -> None:
         """Start following where each original row goes."""
@@ -61,6 +63,7 @@ class Stream:
         else:
             mean, self.size = grouped_mean(before, size, decision)
             self.rows = mean_length(before, size, decision, mean, self.size) if decision.keeps_length else mean
+        self.place = None if self.place is None else self.place.index_select(0, decision.kept)
         self.layout = self.layout.with_counts(decision.left)
         self._trace(decision)
 

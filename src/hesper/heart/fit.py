@@ -93,10 +93,10 @@ def dense_states(host: Host, images: Tensor) -> Iterator[State]:
     with torch.no_grad():
         embedded = host.embed(images)
         layout = Layout((embedded.shape[1],) * len(images), host.anatomy.prefix_tokens, images.device)
-        rows = embedded.flatten(0, 1)
+        rows, place = embedded.flatten(0, 1), layout.places
         size = torch.ones_like(rows[:, 0])
         for block in host.blocks:
-            projected = block.project(rows)
+            projected = block.project(rows, place)
             rows = rows + block.merge_heads(attend(projected, None, layout, block.scale))
             attention = reader_attention(projected, None, layout, block.scale)
             yield State(rows, projected.normed, projected.key, projected.value, attention, size, layout)

@@ -88,11 +88,8 @@ def _readout(host: Host, stream: Tensor, leave: Tensor | None) -> Tensor:
     normed = host.norm(stream)
     if not host.anatomy.reads_patches:
         return host.readout(normed[:, :prefix], None)
-    patches = normed[:, prefix:]
-    if leave is None:
-        return host.readout(normed[:, :prefix], patches.mean(1))
-    weight = leave[:, -1, prefix:, None].exp()
-    return host.readout(normed[:, :prefix], (patches * weight).sum(1) / weight.sum(1))
+    weight = None if leave is None else leave[:, -1, prefix:].exp()
+    return host.readout(normed[:, :prefix], normed[:, prefix:], weight)
 
 
 def ones(host: Host, images: int, *names: str, like: Tensor) -> dict[str, Tensor]:

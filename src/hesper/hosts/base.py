@@ -16,7 +16,7 @@ class Projected:
     """What a block computes before attention, for rows of any leading shape.
 
     ``normed`` is ``[..., width]``; ``query``, ``key`` and ``value`` are ``[..., heads, head_dim]``, already
-    normalised where the host normalises them.
+    normalised and rotated where the host does so.
     """
 
     normed: Tensor
@@ -26,7 +26,11 @@ class Projected:
 
 
 class HostBlock(Protocol):
-    """One transformer block, taken apart into the host's own submodules; every method works on rows."""
+    """One transformer block, taken apart into the host's own submodules; every method works on rows.
+
+    ``place`` says at which place of its image's embedded tokens each row began; a block that rotates queries and keys by place
+    needs it unless the rows are ``[..., tokens, width]`` as they were embedded. Other blocks do not read it.
+    """
 
     @property
     def heads(self) -> int:
@@ -36,11 +40,11 @@ class HostBlock(Protocol):
     def scale(self) -> float:
         """Factor on the attention logits."""
 
-    def project(self, stream: Tensor) -> Projected:
-        """Norm, queries, keys and values of ``[..., width]`` rows."""
+    def project(self, stream: Tensor, place: Tensor | None = None) -> Projected:
+        """Norm, queries, keys and values of ``[..., width]`` rows at ``place`` ``[...]``."""
 
-    def project_readers(self, stream: Tensor, readers: Tensor) -> Projected:
-        """As :meth:`project`, with queries for the ``readers`` rows only (``[..., width]`` of any other leading shape)."""
+    def project_readers(self, stream: Tensor, readers: Tensor, place: Tensor | None = None) -> Projected:
+        """As :meth:`project`, with queries for the ``readers`` rows only: prefix rows ``[..., width]`` of any other leading shape."""
 
     def merge_heads(self, mixed: Tensor) -> Tensor:
         """The residual update ``[..., width]`` from attention outputs ``[..., heads * head_dim]``."""
@@ -53,18 +57,29 @@ class HostBlock(Protocol):
 
 
 class Host(Protocol):
-    """A vision transformer seen as embed, blocks, readout; ``module`` is the model itself."""
+    """A vision transformer seen as embed, blocks, readout; ``module`` is the model itself, from images to logits.
+
+    ``library`` is where it comes from ("timm" or "hf"); ``reads_places`` says whether its blocks rotate by place.
+    """
 
     module: nn.Module
+    library: str
     anatomy: Anatomy
     heads_removable: bool
+    reads_places: bool
     blocks: Sequence[HostBlock]
 
     def embed(self, images: Tensor) -> Tensor:
         """The token stream ``[images, tokens, width]`` that enters the first block."""
 
-    def readout(self, prefix: Tensor, patch_mean: Tensor | None) -> Tensor:
-        """Logits from *normed* prefix rows ``[images, prefix, width]`` and, for pooling hosts, the patches' mean ``[images, width]``."""
+    def readout(self, prefix: Tensor, patches: Tensor | None, weight: Tensor | None = None) -> Tensor:
+        """Logits ``[images, classes]`` from *normed* rows.
+
+        Args:
+            prefix: ``[images, prefix, width]``.
+            patches: ``[images, patches, width]`` where the classifier reads them, else None.
+            weight: ``[images, patches]``, how many tokens each patch row counts for (0 where there is none); None where all count once.
+        """
 
     def norm(self, stream: Tensor) -> Tensor:
         """The host's final norm, on rows."""

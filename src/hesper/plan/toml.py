@@ -53,6 +53,8 @@ def loads(text: str) -> Plan:
         raise UsageError(f"the plan needs the line 'schema = {SCHEMA}', which says what its keys mean; add it")
     if schema > SCHEMA:
         raise UsageError(f"the plan has schema {schema}, newer than this hesper reads ({SCHEMA}); upgrade hesper")
+    if schema < SCHEMA:  # before its keys are read, which may mean other things
+        raise UsageError(f"the plan has schema {schema}, but this hesper reads {SCHEMA}; make the plan again")
     plan: Plan = _decode(document, Plan, "")
     validate(plan)
     return plan

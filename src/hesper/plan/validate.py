@@ -48,6 +48,9 @@ def _check_anatomy(anatomy: Anatomy) -> None:
     for name in ("depth", "width", "heads", "head_dim", "mlp_width", "tokens", "classes", "patch_values"):
         if getattr(anatomy, name) < 1:
             raise UsageError(f"model.anatomy.{name} is {getattr(anatomy, name)}; it must be at least 1")
+    for name in ("readout_macs", "readout_token_macs"):
+        if (getattr(anatomy, name) or 0) < 0:
+            raise UsageError(f"model.anatomy.{name} is {getattr(anatomy, name)}; it must be 0 or more")
     if min(*anatomy.image_size, *anatomy.grid) < 1:
         raise UsageError("model.anatomy.image_size and grid must be at least 1 in both directions")
     if not 0 <= anatomy.prefix_tokens < anatomy.tokens:

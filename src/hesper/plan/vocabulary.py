@@ -18,7 +18,8 @@ class Anatomy:
 
     ``heads`` and ``mlp_width`` are per block of the dense model; ``prefix_tokens`` (class, register and
     distillation tokens) come first and are never cut; ``reads_patches`` says whether the classifier reads
-    patch tokens (pooling) or the prefix only (class token).
+    patch tokens (pooling) or the prefix only (class token). ``readout_macs`` is what reading the classes out costs an image, None
+    where that is one product of width and classes; ``readout_token_macs`` what it costs for every patch left, where pooling attends.
     """
 
     depth: int
@@ -33,6 +34,8 @@ class Anatomy:
     image_size: tuple[int, int]
     grid: tuple[int, int]
     reads_patches: bool
+    readout_macs: int | None = None
+    readout_token_macs: int | None = None
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ def environment() -> dict[str, str | int | None]:
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "timm": _version("timm"),
+        "transformers": _version("transformers"),
         "numpy": _version("numpy"),
     }
 

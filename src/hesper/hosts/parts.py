@@ -1,0 +1,60 @@
+"""Arithmetic that hosts share: linear layers cut smaller, means over weighted tokens, the shape of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def kept_columns(heads: int, head_dim: int, removed: Sequence[int]) -> Tensor:
+    """Which of ``heads * head_dim`` numbers belong to the heads that stay.
+
+    >>> kept_columns(3, 2, [1]).tolist()
+    [0, 1, 4, 5]
+    """
+    gone = set(removed)
+    return torch.cat([torch.arange(h * head_dim, (h + 1) * head_dim) for h in range(heads) if h not in gone])
+
+
+def sliced(linear: nn.Linear, *, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Linear:
+    """A linear layer with only these outputs (``rows``) or inputs (``columns``).
+
+    >>> sliced(nn.Linear(4, 3), rows=torch.tensor([0, 2])).weight.shape
+    torch.Size([2, 4])
+    """
+    weight: Tensor = linear.weight.detach()
+    bias: Tensor | None = None if linear.bias is None else linear.bias.detach()
+    if rows is not None:
+        weight = weight[rows.to(weight.device)]
+        bias = None if bias is None else bias[rows.to(weight.device)]
+    if columns is not None:
+        weight = weight[:, columns.to(weight.device)]
+    small = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    small.weight = nn.Parameter(weight.clone(), requires_grad=linear.weight.requires_grad)
+    if bias is not None:
+        small.bias = nn.Parameter(bias.clone(), requires_grad=linear.weight.requires_grad)
+    return small
+
+
+def mean(tokens: Tensor, weight: Tensor | None) -> Tensor:
+    """The mean of ``[images, tokens, width]`` over tokens, each counted as often as ``weight`` ``[images, tokens]`` says.
+
+    >>> mean(torch.tensor([[[0.0], [4.0]]]), torch.tensor([[3.0, 1.0]])).tolist()
+    [[1.0]]
+    """
+    if weight is None:
+        return tokens.mean(1)
+    return (tokens * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
+
+
+def with_prefix(prefix: Tensor, patches: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """All tokens ``[images, prefix + patches, width]`` and their weights, prefix tokens counting once."""
+    ones = None if weight is None else torch.cat([weight.new_ones(prefix.shape[:2]), weight], 1)
+    return torch.cat([prefix, patches], 1), ones
+
+
+def linear_weights(module: nn.Module) -> int:
+    """Weights of all linear layers in a module: the MACs of one row through it."""
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
