@@ -84,10 +84,11 @@ def test_price_of_a_dropping_plan_is_the_dense_quadratic_form(loss):
     assert torch.allclose(plan_price(host, cut, batch, loss), expected[None], atol=1e-12)
 
 
-def test_step_of_a_merging_plan_carries_tokens_to_the_mean_of_their_group():
+@pytest.mark.parametrize("criterion", ["kl", "tome"])
+def test_step_of_a_merging_plan_carries_tokens_to_where_their_group_goes(criterion):
     model = vit("plain")
     host, images = open_host(model.requires_grad_(False)), pictures(3)
-    cut = graft(model, plan_for(model, cuts_of("merge", [1], remove=3)), tables(model))
+    cut = graft(model, plan_for(model, cuts_of("merge", [1], remove=3), criterion), tables(model))
     step = plan_step(host, cut, images)
     with torch.no_grad():
         place = cut.run(images, trace=True).sources[1]
@@ -96,7 +97,10 @@ def test_step_of_a_merging_plan_carries_tokens_to_the_mean_of_their_group():
     for image in range(3):
         for patch in range(12):
             group = [other for other in range(12) if place[image, other] == place[image, patch]]
-            moved = stream[image, group].mean(0) - stream[image, patch]
+            mean = stream[image, group].mean(0)
+            if criterion == "kl":
+                mean = mean / mean.norm() * stream[image, group].norm(dim=1).mean()
+            moved = mean - stream[image, patch]
             assert torch.allclose(step[name][image, 1, patch + 1], moved, atol=1e-5)
 
 

@@ -46,6 +46,10 @@ class Decider(Protocol):
     def reads_attention(self) -> bool:
         """Whether the decision needs the reader's attention; whoever computes that counts its MACs."""
 
+    @property
+    def keeps_length(self) -> bool:
+        """Whether what it merges has the mean length of its members."""
+
     def __call__(self, state: State) -> Decision:
         """The decision for a batch."""
 
@@ -89,6 +93,7 @@ class CurvatureMerge(nn.Module):
 
     root: Tensor
     reads_attention = True
+    keeps_length = True
 
     def __init__(self, cut: TokenCut, gamma: float, rounds: int, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -124,6 +129,7 @@ class KeyMerge(nn.Module):
     """Merge tokens whose keys, averaged over heads, are most alike (ToMe, arXiv 2210.09461)."""
 
     reads_attention = False
+    keeps_length = False
 
     def __init__(self, cut: TokenCut, head_dim: int) -> None:
         super().__init__()
@@ -196,6 +202,8 @@ class RandomScore(Score):
 
 class ScoredCut(nn.Module):
     """Drop the tokens of lowest score, or average them into the kept token whose key is most alike."""
+
+    keeps_length = False
 
     def __init__(self, cut: TokenCut, score: Score, head_dim: int) -> None:
         super().__init__()

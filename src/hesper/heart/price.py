@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from hesper.curvature import Batch, Hessian, gradient
 from hesper.curvature.losses import Loss
 from hesper.graft import GraftedViT
+from hesper.graft.deciders import Decider
 from hesper.heart.gated import HEAD_GATES, TOKEN_GATES, TOKEN_SHIFTS, gated_forward
 from hesper.heart.lenses import gated_lens
 from hesper.hosts import Host
@@ -46,10 +49,11 @@ def plan_step(host: Host, cut: GraftedViT, images: Tensor) -> dict[str, Tensor]:
     shifts = images.new_zeros(len(images), anatomy.depth, anatomy.tokens, anatomy.width)
     heads = images.new_zeros(len(images), anatomy.depth, anatomy.heads)
     before = torch.arange(patches, device=images.device).expand(len(images), -1)
+    keep_length = {int(name) for name, decider in cut.deciders.items() if cast(Decider, decider).keeps_length}
     for block, after in enumerate(sources):
         gates[:, block][(after < 0) & (before >= 0)] = -1.0
         tokens = streams[block][:, anatomy.prefix_tokens :]
-        moved = group_mean(tokens, after) - group_mean(tokens, before)
+        moved = group_mean(tokens, after, block in keep_length) - group_mean(tokens, before, block in keep_length)
         shifts[:, block, anatomy.prefix_tokens :] = moved * (after >= 0)[..., None]
         before = after
     for head_cut in cut.plan.heads:
@@ -58,16 +62,27 @@ def plan_step(host: Host, cut: GraftedViT, images: Tensor) -> dict[str, Tensor]:
     return {name: value for name, value in step.items() if bool(value.any())} or {HEAD_GATES: heads}
 
 
-def group_mean(tokens: Tensor, group: Tensor) -> Tensor:
-    """Every token's mean over the tokens of its group: ``[images, n, width]``, ``[images, n]`` (negative: no group).
+def group_mean(tokens: Tensor, group: Tensor, keeps_length: bool = False) -> Tensor:
+    """Every token's mean over the tokens of its group, or that stretched to their mean length: ``[images, n, width]``.
+
+    ``group`` is ``[images, n]`` (negative: no group).
 
     Example:
         >>> group_mean(torch.tensor([[[1.0], [3.0], [7.0]]]), torch.tensor([[0, 0, 1]])).flatten().tolist()
         [2.0, 2.0, 7.0]
     """
+    mean = _over_groups(tokens, group)
+    if not keeps_length:
+        return mean
+    length = _over_groups(tokens.norm(dim=-1, keepdim=True), group)
+    stretched: Tensor = mean * (length / mean.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(mean.dtype).tiny))
+    return stretched
+
+
+def _over_groups(values: Tensor, group: Tensor) -> Tensor:
     index = group.clamp_min(0)
-    belongs = (group >= 0).to(tokens.dtype)[..., None]
-    wide = index[..., None].expand_as(tokens)
-    total = torch.zeros_like(tokens).scatter_add(1, wide, tokens * belongs)
+    belongs = (group >= 0).to(values.dtype)[..., None]
+    wide = index[..., None].expand_as(values)
+    total = torch.zeros_like(values).scatter_add(1, wide, values * belongs)
     count = torch.zeros_like(belongs).scatter_add(1, index[..., None], belongs).clamp_min(1)
     return (total / count).gather(1, wide)
