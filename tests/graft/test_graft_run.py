@@ -13,6 +13,7 @@ from hesper.errors import UsageError
 from hesper.graft import GraftedViT, graft
 from hesper.graft.deciders import State
 from hesper.graft.decision import Decision
+from hesper.graft.layout import checkerboard
 from hesper.heart.gated import HEAD_GATES, TOKEN_GATES, gated_forward, ones
 from hesper.hosts import open_host
 from hesper.plan import HeadCut, TokenCut, empty_plan
@@ -66,14 +67,18 @@ def grafted(kind: str, dtype: torch.dtype = torch.float32, criterion: str = "kl"
     return graft(model, plan_for(model, cuts, criterion, **more), tables(model))
 
 
-def by_hand(model: Any, image: Tensor, decide: Any, keeps_length: bool = False) -> tuple[Tensor, list[list[int]]]:
+def by_hand(
+    model: Any, image: Tensor, decide: Any, keeps_length: bool = False, order: list[int] | None = None
+) -> tuple[Tensor, list[list[int]]]:
     """One image through explicit lists of clusters: ``decide(block, tokens)`` gives {gone place: into place or None}.
 
-    A cluster is a token with the original patches it stands for; attention counts it once per patch.
+    A cluster is a token with the original patches it stands for; attention counts it once per patch. Clusters start in ``order``.
     """
     prefix = model.num_prefix_tokens
     stream = open_host(model).embed(image[None])[0]
-    clusters: list[list[int]] = [[] for _ in range(prefix)] + [[patch] for patch in range(len(stream) - prefix)]
+    places = list(range(len(stream) - prefix)) if order is None else order
+    stream = torch.cat([stream[:prefix], stream[prefix:][places]])
+    clusters: list[list[int]] = [[] for _ in range(prefix)] + [[patch] for patch in places]
     for index, block in enumerate(model.blocks):
         copies = torch.tensor([max(len(c), 1) for c in clusters], dtype=stream.dtype)
         stream = attention_by_hand(block, stream, copies)
@@ -145,6 +150,28 @@ def test_what_is_decided_is_done(kind: str, criterion: str, combine: Any, adapti
         for state, _ in watch.seen:
             sizes = [own[state.layout.prefix :].sum().item() for own in state.layout.split(state.size)]
             assert sizes == pytest.approx([12] * 5)
+
+
+@torch.no_grad()
+def test_a_grid_of_even_width_is_decided_on_as_a_checkerboard() -> None:
+    """Sources touch only destinations, and whatever leaves the model is in reading order again."""
+    model = vit("registers", DOUBLE, img_size=(32, 32))
+    plan, images = plan_for(model, cuts_of("merge", [0, 1], remove=5)), pictures(3, DOUBLE, (32, 32))
+    cut = graft(model, plan, tables(model))
+    watch, order = Watch(cut), checkerboard((4, 4))
+    sides = {patch: place % 2 for place, patch in enumerate(order)}
+    assert sorted(order) == list(range(16))
+    assert all(sides[p] != sides[p + 1] for p in range(15) if p % 4 != 3) and all(sides[p] != sides[p + 4] for p in range(12))
+    outcome, features = cut.run(images, trace=True), cut.forward_features(images)
+    assert outcome.sources is not None and (outcome.traffic.fed[:, 1] == 21 - 10).all()
+    for image in range(3):
+        decisions = {block: fates_of(state, decision, image) for block, (state, decision) in enumerate(watch.seen[:2])}
+        logits, clusters = by_hand(model, images[image], decisions.get, True, order)
+        torch.testing.assert_close(outcome.logits[image], logits, rtol=1e-9, atol=1e-9)
+        where = {patch: place for place, cluster in enumerate(clusters) for patch in cluster}
+        assert outcome.sources[-1][image].tolist() == [where[patch] for patch in range(16)]
+        for cluster in clusters:  # patches that became one token share its features
+            assert all(torch.equal(features[image, 5 + patch], features[image, 5 + cluster[0]]) for patch in cluster)
 
 
 @torch.no_grad()

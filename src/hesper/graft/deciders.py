@@ -50,6 +50,10 @@ class Decider(Protocol):
     def keeps_length(self) -> bool:
         """Whether what it merges has the mean length of its members."""
 
+    @property
+    def checkered(self) -> bool:
+        """Whether it wants neighbouring patches at odd and even places."""
+
     def __call__(self, state: State) -> Decision:
         """The decision for a batch."""
 
@@ -94,6 +98,7 @@ class CurvatureMerge(nn.Module):
     root: Tensor
     reads_attention = True
     keeps_length = True
+    checkered = True
 
     def __init__(self, cut: TokenCut, gamma: float, rounds: int, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -130,6 +135,7 @@ class KeyMerge(nn.Module):
 
     reads_attention = False
     keeps_length = False
+    checkered = False
 
     def __init__(self, cut: TokenCut, head_dim: int) -> None:
         super().__init__()
@@ -204,6 +210,7 @@ class ScoredCut(nn.Module):
     """Drop the tokens of lowest score, or average them into the kept token whose key is most alike."""
 
     keeps_length = False
+    checkered = False
 
     def __init__(self, cut: TokenCut, score: Score, head_dim: int) -> None:
         super().__init__()

@@ -118,3 +118,17 @@ class Layout:
     def with_counts(self, counts: Sequence[int]) -> Layout:
         """The same images with other counts."""
         return Layout(tuple(int(c) for c in counts), self.prefix, self.device)
+
+
+def checkerboard(grid: tuple[int, int]) -> list[int]:
+    """Patches in an order in which neighbours on the grid, across and down, stand at odd and even places.
+
+    Matching odd with even places can then join any two neighbours; in reading order, where the width is even, no two of a column.
+
+    Example:
+        >>> checkerboard((2, 4))
+        [0, 1, 2, 3, 5, 4, 7, 6]
+    """
+    height, width = grid
+    swap = [column ^ 1 for column in range(width)] if width % 2 == 0 else list(range(width))
+    return [row * width + (swap[column] if row % 2 else column) for row in range(height) for column in range(width)]

@@ -14,7 +14,7 @@ from hesper.cost import Counts, dense_macs, model_macs
 from hesper.errors import UsageError
 from hesper.graft.attention import attend, attend_readers, reader_attention
 from hesper.graft.deciders import Decider, State
-from hesper.graft.layout import Layout
+from hesper.graft.layout import Layout, checkerboard
 from hesper.graft.stream import Stream
 from hesper.graft.unmerge import full_grid, stand_ins
 from hesper.hosts.base import Host, HostBlock
@@ -59,12 +59,17 @@ class GraftedViT(nn.Module):
         deciders: the decider of each block that cuts tokens.
     """
 
+    order: Tensor | None
+
     def __init__(self, host: Host, plan: Plan, deciders: Mapping[int, nn.Module]) -> None:
         super().__init__()
         self.network = host.module
         self.host = host
         self.plan = plan
         self.deciders = nn.ModuleDict({str(block): decider for block, decider in deciders.items()})
+        checkered = any(cast(Decider, decider).checkered for decider in deciders.values())
+        order = torch.tensor(checkerboard(plan.model.anatomy.grid)) if checkered else None
+        self.register_buffer("order", order, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[images, classes]`` of ``[images, channels, height, width]``."""
@@ -111,14 +116,23 @@ class GraftedViT(nn.Module):
         stream.follow()
         for index, block in enumerate(self.host.blocks):
             self._through(index, block, stream, book, decide=not self.plan.skip_unread or index < anatomy.depth - 1)
-        where = stand_ins(stream.patch_map(first), anatomy.grid)
+        where = stand_ins(self._patch_map(stream, first), anatomy.grid)
         return full_grid(self.host.norm(stream.rows), stream.layout, where)
 
     def _embed(self, images: Tensor) -> Stream:
         """The stream that enters the first block."""
         anatomy = self.plan.model.anatomy
         first = Layout((anatomy.tokens,) * len(images), anatomy.prefix_tokens, images.device)
-        return Stream(self.host.embed(images).flatten(0, 1), first, place=first.places if self.host.reads_places else None)
+        rows, place = self.host.embed(images), first.places.view(len(images), -1)
+        if self.order is not None:
+            order = torch.cat([torch.arange(anatomy.prefix_tokens, device=rows.device), self.order + anatomy.prefix_tokens])
+            rows, place = rows.index_select(1, order), place.index_select(1, order)
+        return Stream(rows.flatten(0, 1), first, place=place.flatten() if self.host.reads_places else None)
+
+    def _patch_map(self, stream: Stream, first: Layout) -> Tensor:
+        """Where every patch of the image is, in reading order: ``[images, patches]``."""
+        where = stream.patch_map(first)
+        return where if self.order is None else where.index_select(1, self.order.argsort())
 
     def _run(self, images: Tensor, trace: bool) -> tuple[Tensor, _Book, list[Tensor]]:
         self._check(images)
@@ -138,7 +152,7 @@ class GraftedViT(nn.Module):
             if index < last:
                 self._through(index, block, stream, book)
             if trace:
-                maps.append(stream.patch_map(first))
+                maps.append(self._patch_map(stream, first))
         logits = self._finish_readers(stream, book) if self.plan.skip_unread else self._finish(stream)
         return logits, book, maps
 

@@ -25,6 +25,8 @@ STAGES: dict[Stages, tuple[int, float, float]] = {
     "every-early": (1, 0.0, 2 / 3),
     "every": (1, 0.0, 5 / 6),
 }
+# Where a decision matches in more than one round, deciding in every block gains nothing over every other one.
+SPARSE: tuple[Stages, ...] = ("third-middle", "alternate-early", "alternate-middle", "alternate")
 
 
 @dataclass(frozen=True, eq=False)

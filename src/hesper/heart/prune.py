@@ -19,7 +19,7 @@ from hesper.graft import GraftedViT, graft
 from hesper.heart.budget import Chosen, Trial, check_sample, choose
 from hesper.heart.calibrate import calibration
 from hesper.heart.criteria import Criterion
-from hesper.heart.family import STAGES, Counts, Family, Heads, Stages, deciding_blocks
+from hesper.heart.family import SPARSE, STAGES, Counts, Family, Heads, Stages, deciding_blocks
 from hesper.heart.fit import Atlas, Tables, fit_tables, survey
 from hesper.heart.price import plan_price
 from hesper.hosts.open import OpenModel
@@ -158,7 +158,8 @@ class _Work:
 
     def _families(self, tables: Tables, atlas: Atlas) -> list[Family]:
         settings, anatomy = self.settings, self.model.ref.anatomy
-        names: list[Stages] = list(STAGES) if settings.blocks == "auto" else [settings.blocks]
+        several = settings.combine == "merge" and settings.rounds > 1
+        names: list[Stages] = list(SPARSE if several else STAGES) if settings.blocks == "auto" else [settings.blocks]
         sets = {deciding_blocks(anatomy, name): name for name in reversed(names)}  # shallow models have the same blocks twice
         stages: dict[str, tuple[int, ...]] = (
             {name: blocks for blocks, name in reversed(sets.items())} if settings.tokens else {"heads alone": ()}
