@@ -32,8 +32,9 @@ EXAMPLE_PLAN = Plan(
     budget=Budget("loss", 0.05, 0.95),
     expected_loss=Estimate(0.04, 0.001, 200),
     measured=Measured(Estimate(0.6, 0.01, 300), Estimate(0.03, 0.002, 300), Estimate(0.95, 0.01, 300), "KL <= 0.05 with 95 % confidence"),
-    points=(OperatingPoint(0.1, 0.9, 0.001, 0.99, 300), OperatingPoint(0.2, 0.6, 0.03, 0.95, 300)),
+    points=(OperatingPoint(0.0005, 0.9, 0.001, 0.99, 128, False), OperatingPoint(0.001, 0.6, 0.03, 0.95, 300, True)),
     provenance=Provenance("0.1.0", "2.15.0", "1.0.31", 0, "cd" * 32, 200, 300, "2026-01-01T00:00:00+00:00"),
+    dial=0.001,
 )
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -66,7 +67,7 @@ budgets = st.one_of(
     st.builds(Budget, kind=st.just("disagreement"), value=st.floats(1e-9, 0.999), confidence=st.floats(0.01, 0.99)),
 )
 measurements = st.builds(Measured, macs=estimates, drift_kl=estimates, agreement=estimates, statement=words)
-points = st.builds(OperatingPoint, dial=numbers, macs=amounts, drift_kl=numbers, agreement=shares, n=counts)
+points = st.builds(OperatingPoint, dial=numbers, macs=amounts, drift_kl=numbers, agreement=shares, n=counts, verified=st.booleans())
 provenances = st.builds(
     Provenance,
     hesper=words,
@@ -98,11 +99,13 @@ def plans(draw: st.DrawFn) -> Plan:
         st.none()
         | st.builds(Pricing, words, st.floats(1e-6, 100), st.integers(1, 64), st.integers(0, anatomy.width), amounts, st.integers(1, 8))
     )
+    tokens = tuple(draw(token_cuts(block, anatomy.depth, pricing is not None)) for block in draw(blocks))
+    priced = any(cut.threshold is not None for cut in tokens)
     return Plan(
         model=draw(st.builds(ModelRef, words, words, words, st.just(anatomy))),
         pricing=pricing,
         schedule=draw(st.sampled_from(["asymmetric", "symmetric"])),
-        tokens=tuple(draw(token_cuts(block, anatomy.depth, pricing is not None)) for block in draw(blocks)),
+        tokens=tokens,
         heads=tuple(HeadCut(block, draw(heads)) for block in (draw(blocks) if anatomy.heads > 1 else [])),
         skip_unread=draw(st.booleans()),
         budget=draw(budgets),
@@ -110,4 +113,5 @@ def plans(draw: st.DrawFn) -> Plan:
         measured=draw(st.none() | measurements),
         points=tuple(draw(st.lists(points, max_size=3))),
         provenance=draw(provenances),
+        dial=draw(st.none() | st.floats(1e-9, 1e3)) if priced else None,
     )

@@ -121,6 +121,7 @@ def evaluate(
     weights: str | Path | None = None,
     class_map: str | Path | None = None,
     labelled: bool | None = None,
+    dial: float | None = None,
     batch_size: int = 32,
     device: str = "cpu",
     asked: Mapping[str, Any] | None = None,
@@ -135,6 +136,7 @@ def evaluate(
         weights: a weights file, for a name.
         class_map: class names by label; a run remembers the one it was made with.
         labelled: whether to use class folders as labels; None finds out.
+        dial: price in nats below which tokens go, instead of the run's own; warns outside the verified range.
         batch_size: images at a time.
         device: where to compute, "cpu" or "cuda".
         asked: what the user asked for, in their words, for the record.
@@ -151,16 +153,20 @@ def evaluate(
         opened = open_model(str(target), weights=weights)
         blank = dataclasses.replace(empty_plan(opened.ref.name, opened.ref.anatomy), model=opened.ref)
         cut, classes = graft(opened.host.module, blank), None
+        if dial is not None:
+            raise UsageError(f"{target} is a dense model and has no dial; leave --dial out or give a RUN folder.")
     else:
         if weights is not None:
             raise UsageError(f"{target} is a run folder, which holds its own weights; leave --weights out.")
         opened, cut, classes = _open_dense(run), _load(run), _classes_of(run)
+        if dial is not None:
+            cut.set_dial(dial)
     images = _images(data, opened, class_map, labelled, classes)
     result, unread = _compare(opened, cut, images, batch_size, device, progress)
     if skipped and (every := (*images.skipped, *unread)):
         skipped(every)
     if run is not None:
-        _record(run, _entry(result, images, unread, (asked or {}).get("data", data), batch_size))
+        _record(run, _entry(result, images, unread, (asked or {}).get("data", data), batch_size, dial))
     return result
 
 
@@ -214,9 +220,11 @@ def _record(run: RunFolder, entry: Entry) -> None:
         ) from error
 
 
-def _entry(result: Evaluation, images: ImageSet, skipped: Sequence[Skipped], data: object, batch_size: int) -> Entry:
+def _entry(
+    result: Evaluation, images: ImageSet, skipped: Sequence[Skipped], data: object, batch_size: int, dial: float | None = None
+) -> Entry:
     """The record's account of an evaluation."""
-    asked = {"data": str(data), "data_sha256": images.sha256, "batch_size": batch_size}
+    asked = {"data": str(data), "data_sha256": images.sha256, "batch_size": batch_size, **({} if dial is None else {"dial": dial})}
     return Entry("eval", utc_now(), asked, environment(), _evaluation(result, images, skipped), {})
 
 

@@ -48,7 +48,7 @@ def test_plans_hash_alike_exactly_when_they_are_equal(left: Plan, right: Plan) -
 
 def test_the_file_reads_in_the_order_people_ask() -> None:
     document = tomllib.loads(dumps(PLAN))
-    order = "schema schedule skip_unread model budget pricing expected_loss tokens heads measured points provenance"
+    order = "schema schedule skip_unread dial model budget pricing expected_loss tokens heads measured points provenance"
     assert list(document) == order.split()
     assert document["tokens"][1] == {"block": 6, "combine": "drop", "remove": 20}
 

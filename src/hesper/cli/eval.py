@@ -34,11 +34,22 @@ __all__ = ["evaluate", "table"]
 @with_weights
 @with_class_map
 @with_labels
+@click.option(
+    "--dial", type=float, metavar="NATS", help="Let tokens go below this price instead of the run's own (hesper show lists some)."
+)
 @with_batch_size
 @with_device
 @with_json
 def evaluate(
-    target: str, data: Path, weights: Path | None, class_map: Path | None, labels: bool | None, batch_size: int, device: str, json_: bool
+    target: str,
+    data: Path,
+    weights: Path | None,
+    class_map: Path | None,
+    labels: bool | None,
+    dial: float | None,
+    batch_size: int,
+    device: str,
+    json_: bool,
 ) -> None:
     """Evaluate RUN, or a dense MODEL by its name (timm's, or hf:NAME), paired with the dense model on the same images.
 
@@ -55,6 +66,7 @@ def evaluate(
             weights=weights,
             class_map=class_map,
             labelled=labels,
+            dial=dial,
             batch_size=batch_size,
             device=device,
             progress=stages,

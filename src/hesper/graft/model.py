@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from hesper.graft.layout import Layout, checkerboard
 from hesper.graft.stream import Stream
 from hesper.graft.unmerge import full_grid, stand_ins
 from hesper.hosts.base import Host, HostBlock
-from hesper.plan import Plan
+from hesper.plan import Plan, at_dial, verified_range
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,23 @@ class GraftedViT(nn.Module):
     def untouched(self) -> bool:
         """Whether nothing is ever let go: no token, and no head, which some hosts' own forward would miss."""
         return not self.deciders and not self.plan.skip_unread and not self.plan.heads
+
+    def set_dial(self, dial: float) -> None:
+        """Let tokens go below another price from now on, in nats: the same model at another quality.
+
+        Outside the range of the plan's verified operating points a UserWarning says so.
+
+        Raises:
+            UsageError: the plan has no dial, or ``dial`` is no price.
+        """
+        moved = at_dial(self.plan, dial)
+        known = verified_range(self.plan)
+        if known is None or not known[0].dial <= dial <= known[1].dial:
+            what = "at no dial" if known is None else f"from {known[0].dial:.3g} ({known[0].macs:.2f} of the MACs) to "
+            what += "" if known is None else f"{known[1].dial:.3g} ({known[1].macs:.2f})"
+            warnings.warn(f"The plan was verified {what}; at {dial:.3g} nothing is known of its loss.", stacklevel=2)
+        for cut in moved.tokens:
+            cast(Any, self.deciders[str(cut.block)]).cut = cut
 
     @property
     def dense_macs(self) -> int:

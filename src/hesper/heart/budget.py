@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hesper.errors import JobError, UsageError
 from hesper.heart.family import Family
 from hesper.measure.bounds import disagreement_p_value, images_needed, mean_upper_bound, provable_disagreement
 from hesper.measure.evaluate import Evaluation, estimate
-from hesper.plan import Budget, Measured, OperatingPoint, Plan
+from hesper.plan import Budget, Measured, OperatingPoint, Plan, at_dial
 
 Trial = Callable[[Plan], Evaluation]
 
@@ -28,6 +28,7 @@ DECISION_MACS, DECISION_DRIFT = 0.007, 1.08
 IMPERCEPTIBLE = 0.0003  # nats of drift that no decision is worth
 # Powers of two around the dial that met the budget on fitting images: fixed beforehand, finer where the answer is likely.
 LADDER = (-5.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)
+NEIGHBOURS = (1 / 8, 1 / 4, 1 / 2, 2.0)
 SIGMAS = (5.0, 4.0, 3.2, 2.6, 2.1, 1.7, 1.3, 0.9)
 
 
@@ -79,7 +80,8 @@ def choose(
         family, dials, points = _place_macs(families, budget, tune, compare)
     else:
         family, dials, points = _place_risk(families, budget, tune)
-    return _prove(family, dials, points, budget, verify(family))
+    trial = verify(family)
+    return _with_neighbours(_prove(family, dials, points, budget, trial), trial)
 
 
 def _prove(family: Family, dials: Sequence[float], points: list[OperatingPoint], budget: Budget, trial: Trial) -> Chosen:
@@ -97,7 +99,7 @@ def _prove(family: Family, dials: Sequence[float], points: list[OperatingPoint],
         same = last is not None and (last[0].tokens, last[0].heads) == cuts
         evaluation = last[1] if last is not None and same else trial(plan)
         last = (plan, evaluation)
-        points.append(_point(dial, evaluation))
+        points.append(_point(dial, evaluation, verified=True))
         verdict = _verdict(budget, evaluation)
         if not verdict.holds:
             break
@@ -110,6 +112,15 @@ def _prove(family: Family, dials: Sequence[float], points: list[OperatingPoint],
         )
     dial, plan, evaluation, verdict = kept
     return Chosen(family, dial, plan, evaluation, _measured(evaluation, verdict.statement), _sorted(points))
+
+
+def _with_neighbours(chosen: Chosen, trial: Trial) -> Chosen:
+    """Also measure other places of the dial on the verification images, for turning it at run time."""
+    if chosen.plan.dial is None:
+        return chosen
+    dials = [chosen.plan.dial * factor for factor in NEIGHBOURS]
+    points = [_point(dial, trial(at_dial(chosen.plan, dial)), verified=True) for dial in dials]
+    return replace(chosen, points=_sorted([*chosen.points, *points]))
 
 
 def _place_macs(
@@ -270,9 +281,9 @@ def _verdict(budget: Budget, evaluation: Evaluation) -> _Verdict:
     return _Verdict(bound <= limit, statement, f"{found} on average, with an upper bound of {bound:.4g}", bound)
 
 
-def _point(dial: float, evaluation: Evaluation) -> OperatingPoint:
+def _point(dial: float, evaluation: Evaluation, verified: bool = False) -> OperatingPoint:
     agreement = float(evaluation.agreement.mean())
-    return OperatingPoint(dial, evaluation.kept_macs.mean, float(evaluation.drift_kl.mean()), agreement, evaluation.n)
+    return OperatingPoint(dial, evaluation.kept_macs.mean, float(evaluation.drift_kl.mean()), agreement, evaluation.n, verified)
 
 
 def _measured(evaluation: Evaluation, statement: str) -> Measured:

@@ -48,8 +48,11 @@ class Family:
     def at(self, dial: float) -> Plan:
         """The family's member at ``dial`` nats."""
         tokens = tuple(TokenCut(block, self.combine, threshold=dial) for block in self.blocks)
-        plan = replace(self.blank, tokens=tokens, heads=self.head_cuts(dial))
-        return plan if self.calibrated is None else replace(plan, tokens=self.calibrated(plan))
+        plan = replace(self.blank, tokens=tokens, heads=self.head_cuts(dial), dial=dial if tokens else None)
+        if self.calibrated is None:
+            return plan
+        cuts = self.calibrated(plan)
+        return replace(plan, tokens=cuts, dial=dial if any(cut.threshold is not None for cut in cuts) else None)
 
     def head_cuts(self, dial: float) -> tuple[HeadCut, ...]:
         """Heads whose price per MAC is below that of the dearest token cut: dial / MACs a token saves on average."""

@@ -1,5 +1,6 @@
 """The plan: what is cut from a model, as plain words. Nothing here needs torch."""
 
+from hesper.plan.dial import at_dial, verified_range
 from hesper.plan.show import render
 from hesper.plan.toml import dumps, loads, plain, plan_hash, read_plan
 from hesper.plan.validate import check_budget, validate
@@ -38,6 +39,7 @@ __all__ = [
     "Provenance",
     "Schedule",
     "TokenCut",
+    "at_dial",
     "check_budget",
     "dumps",
     "empty_plan",
@@ -47,4 +49,5 @@ __all__ = [
     "read_plan",
     "render",
     "validate",
+    "verified_range",
 ]

@@ -13,6 +13,7 @@ _COLUMNS, _LINES = 80, 40
 _LABEL = 10
 _BAR = 20
 _STATEMENT_LINES = 3
+_POINTS = 5
 
 
 def render(plan: Plan) -> str:
@@ -58,7 +59,11 @@ def _measured(plan: Plan) -> list[str]:
     lines += [line for part in statement for line in _labelled("", part)]
     if plan.points:
         kept = [point.macs for point in plan.points]
-        lines += _labelled("dial", f"{len(kept)} operating points, kept MACs {min(kept):.3g} to {max(kept):.3g}")
+        lines += _labelled("points", f"{len(kept)} measured on the way, kept MACs {min(kept):.3g} to {max(kept):.3g}")
+    verified = sorted((point for point in plan.points if point.verified), key=lambda point: point.dial)
+    for number, point in enumerate(verified[:: max(1, -(-len(verified) // _POINTS))]):
+        text = f"{point.dial:.3g} nats: MACs {point.macs:.3f}, drift {point.drift_kl:.4f}, agreement {point.agreement:.3f} (n = {point.n})"
+        lines += _labelled("dial" if number == 0 else "", text)
     return lines
 
 

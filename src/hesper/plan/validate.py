@@ -29,6 +29,8 @@ def validate(plan: Plan) -> None:
         _check_head_cut(head_cut, f"heads[{index}]", plan.model.anatomy)
     _check_token_total(plan)
     _check_pricing(plan)
+    if plan.dial is not None and (plan.dial <= 0 or not any(cut.threshold is not None for cut in plan.tokens)):
+        raise UsageError(f"dial is {plan.dial}; it must be above 0 and needs tokens with a threshold, or be left out")
     check_budget(plan.budget)
     _check_evidence(plan)
 

@@ -112,13 +112,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """One member of the nested family the dial runs through, as measured."""
+    """One member of the nested family the dial runs through, as measured on ``n`` images; ``verified`` on some that fitted nothing."""
 
     dial: float
     macs: float
     drift_kl: float
     agreement: float
     n: int
+    verified: bool
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,10 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that will be cut from a model, why, and what it is expected to cost."""
+    """Everything that will be cut from a model, why, and what it is expected to cost.
+
+    ``dial`` is the price in nats that the thresholds follow, None where tokens leave by count or not at all.
+    """
 
     model: ModelRef
     pricing: Pricing | None
@@ -150,6 +154,7 @@ class Plan:
     measured: Measured | None
     points: tuple[OperatingPoint, ...]
     provenance: Provenance
+    dial: float | None = None
     schema: int = SCHEMA
 
 

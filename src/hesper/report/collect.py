@@ -204,10 +204,12 @@ def _gallery(folder: Path, plan: Plan) -> tuple[Gallery | None, str | None]:
 
 
 def _outcome(entry: Entry, depth: int) -> Outcome | None:
-    """What an entry says about an evaluation, if it holds the four figures nothing can be said without."""
+    """What an entry says about an evaluation of the plan, if it holds the four figures nothing can be said without."""
     recorded = _table(entry.results.get("evaluation"))
     figures = {name: number for name, value in recorded.items() if (number := _number(value)) is not None}
     if not figures.keys() >= {"n", "macs_ratio", "drift_kl", "agreement"} or figures["n"] < 1:
+        return None
+    if "dial" in entry.asked:  # of another place on the dial than the plan's
         return None
     data = entry.asked.get("data")
     where = data if isinstance(data, str) and entry.kind == "eval" else DECIDED_ON
