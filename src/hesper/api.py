@@ -12,7 +12,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from hesper.data import ImageSet, Skipped, batches, check_labels, class_folders, open_folder, read_class_map
+from hesper.data import ImageSet, Skipped, batches, check_labels, open_images, read_class_map
 from hesper.device import use_device
 from hesper.errors import HesperError, JobError, UsageError
 from hesper.graft import GraftedViT, graft
@@ -63,12 +63,12 @@ def prune(
 
     Args:
         model: a timm name, or a model that is open already.
-        calib: a folder of calibration images; half of them only verify.
+        calib: calibration images, half of which only verify: a folder, tar shards, or ``hfds:NAME[:SPLIT]``.
         out: the run folder to make; it must not exist.
         settings: budget and method.
         weights: a weights file for a name, instead of timm's pretrained weights.
         class_map: class names by label, one a line; without it the sorted class folders are the classes.
-        data: a folder of images to evaluate the pruned model on afterwards; the record gets a second entry.
+        data: images to evaluate the pruned model on afterwards; the record gets a second entry.
         labelled: whether to use the class folders of ``data`` as labels; None finds out.
         device: where to compute, "cpu" or "cuda".
         asked: what the user asked for, in their words, for the record; without it the arguments of this call.
@@ -130,7 +130,7 @@ def evaluate(
 
     Args:
         target: a run folder, or a timm name.
-        data: a folder of images; with class folders they are labelled, without they are not.
+        data: images: a folder (with class folders they are labelled), tar shards, or ``hfds:NAME[:SPLIT]``.
         weights: a weights file, for a timm name.
         class_map: class names by label; a run remembers the one it was made with.
         labelled: whether to use class folders as labels; None finds out.
@@ -215,27 +215,25 @@ def _entry(result: Evaluation, images: ImageSet, skipped: Sequence[Skipped], dat
 
 
 def _images(
-    folder: str | Path,
+    where: str | Path,
     opened: OpenModel,
     class_map: str | Path | None,
     labelled: bool | None,
     classes: tuple[str, ...] | None = None,
 ) -> ImageSet:
     names = classes if class_map is None else read_class_map(class_map)
-    if labelled is None:
-        labelled = Path(folder).is_dir() and bool(class_folders(Path(folder)))
-    images = open_folder(folder, transform=opened.transform, class_map=names, labelled=labelled)
+    images = open_images(where, transform=opened.transform, class_map=names, labelled=labelled)
     wanted = opened.ref.anatomy.classes
-    if labelled and names is None and len(images.classes) != wanted:
+    if images.labels is not None and names is None and not images.numbered and len(images.classes) != wanted:
         raise UsageError(
-            f"{folder} has {len(images.classes)} class folders and the model {wanted} classes, so folders alone do not say which label "
+            f"{where} has {len(images.classes)} class names and the model {wanted} classes, so names alone do not say which label "
             "each has; give --class-map, a text file with the model's class names in order, one a line."
         )
     if names is not None and len(names) != wanted:
         raise UsageError(f"The class map names {len(names)} classes and the model has {wanted}; give the model's own class map.")
-    if not labelled and names is None and len(folders := class_folders(Path(folder))) == wanted:
+    if images.labels is None and names is None and len(own := images.source.classes) == wanted:
         # Not needed now, but an evaluation on another folder can then tell which class is which.
-        images = dataclasses.replace(images, classes=folders)
+        images = dataclasses.replace(images, classes=own)
     check_labels(images, wanted)
     return images
 

@@ -30,7 +30,13 @@ __all__ = ["evaluate", "table"]
     epilog=example("hesper eval runs/vit-tiny-066 --data imagenet/val --json"),
 )
 @click.argument("target", metavar="RUN|MODEL")
-@click.option("--data", type=file_path(), required=True, metavar="DIR", help="Images; with class folders they are labelled.")
+@click.option(
+    "--data",
+    type=file_path(),
+    required=True,
+    metavar="DIR",
+    help="Images: a folder (labelled by class folders), tar shards or hfds:NAME[:SPLIT].",
+)
 @with_weights
 @with_class_map
 @with_labels

@@ -42,7 +42,13 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
     ),
 )
 @click.argument("model")
-@click.option("--calib", type=file_path(), required=True, metavar="DIR", help="Calibration images; half of them only verify the budget.")
+@click.option(
+    "--calib",
+    type=file_path(),
+    required=True,
+    metavar="DIR",
+    help="Calibration images: a folder, tar shards or hfds:NAME[:SPLIT]; half of them only verify.",
+)
 @click.option("--out", type=file_path(), required=True, metavar="RUN", help="The run folder to make; it must not exist.")
 @click.option("--macs", type=float, metavar="RATIO", help="Budget: keep at most this share of the multiply-accumulates, such as 0.66.")
 @click.option("--loss-budget", type=float, metavar="NATS", help="Budget: drift at most this far from the dense model, KL in nats.")
