@@ -176,7 +176,7 @@ def test_indices_choose_and_order(folder: Path) -> None:
     assert list(batches(opened(folder), 8, indices=())) == []
 
 
-def test_damaged_files_are_named_skipped_and_batches_stay_full(folder: Path) -> None:
+def test_damaged_files_are_named_and_skipped_and_other_batches_stay_as_they_are(folder: Path) -> None:
     whole = folder / "cat" / "1a.jpg"
     Image.effect_noise((64, 64), 50).save(whole)
     whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
@@ -185,11 +185,11 @@ def test_damaged_files_are_named_skipped_and_batches_stay_full(folder: Path) -> 
     (folder / "dog" / "8.png").write_bytes((folder / "dog" / "5.png").read_bytes()[:40])
     run = batches(opened(folder), 4)
     loaded = list(run)
-    assert [len(batch.files) for batch in loaded] == [4, 2]
+    assert [batch.files for batch in loaded] == [("cat/0.png", "cat/1.png"), ("cat/2.png", "dog/3.png", "dog/4.png", "dog/5.png")]
     assert [skip.file for skip in run.skipped] == ["cat/0a.jpg", "cat/1a.jpg", "dog/8.png", "dog/9.png"]
     assert run.skipped[0].reason == "not an image" and "truncated" in run.skipped[1].reason
     assert run.yielded == 6
-    assert loaded[1].labels is not None and loaded[1].labels.tolist() == [1, 1]
+    assert loaded[1].labels is not None and loaded[1].labels.tolist() == [0, 1, 1, 1]
 
 
 def test_no_readable_image_at_all_is_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from hesper.cli.options import (
     with_weights,
 )
 from hesper.cli.progress import Stages
+from hesper.parallel import leads
 
 __all__ = ["evaluate", "table"]
 
@@ -66,6 +67,8 @@ def evaluate(
             progress=stages,
             skipped=lambda files: skipped.extend((file.file, file.reason) for file in files),
         )
+    if not leads():
+        return
     print_skipped(skipped)
     figures = result.summary()
     click.echo(as_json({**figures, "skipped": len(skipped)}) if json_ else table(figures))

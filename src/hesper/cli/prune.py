@@ -22,6 +22,7 @@ from hesper.cli.options import (
 )
 from hesper.cli.progress import Stages
 from hesper.errors import UsageError
+from hesper.parallel import leads
 
 if TYPE_CHECKING:
     from hesper.heart.prune import Settings
@@ -120,7 +121,10 @@ def prune(**options: Any) -> None:
             device=options["device"],
             asked=_asked(options),
             progress=stages,
+            note=stages.say,
         )
+    if not leads():
+        return
     write_report_in(run)
     print_skipped([(skip["file"], skip["reason"]) for entry in run.entries for skip in entry.results["skipped"]])
     _tell(run, options["json_"])

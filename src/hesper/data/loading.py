@@ -34,10 +34,10 @@ def batches(
     share: tuple[int, int] = (0, 1),
     start: int = 0,
 ) -> Batches:
-    """Iterate over ``images`` (or those at ``indices``, in that order) in full batches, the last one excepted.
+    """Iterate over ``images`` (or those at ``indices``, in that order), so many at a time, the last batch excepted.
 
-    ``share`` (which, of how many) takes every so many-th batch, so that several processes together see each image once, in the
-    batches that one process would make; ``start`` leaves out what comes before that place of the order.
+    ``share`` (which, of how many) takes every so many-th batch, so that several processes together see each image once, in exactly the
+    batches that one process makes; ``start`` leaves out what comes before that place of the order.
     """
     if batch_size < 1 or workers < 1:
         raise UsageError(f"batch size {batch_size} and workers {workers} must be at least 1")
@@ -52,14 +52,15 @@ def batches(
 
 
 class Batches(Iterator[LoadedBatch]):
-    """The iterator ``batches`` returns; ``yielded`` and ``skipped`` grow while it runs and are final when it ends.
+    """The iterator ``batches`` returns; of ``asked`` images ``yielded`` and ``skipped`` tell while it runs, final at its end.
 
-    Files that cannot be decoded are skipped and the batch is filled from the files after them, so what is yielded depends on the
-    data alone, not on the threads' timing. UsageError when no file at all of the ``whole`` could be decoded or the transform's shapes
-    differ.
+    Files that cannot be decoded are skipped, and their batch is smaller by them: filled from the files after them, batches would be
+    other ones in every share. What is yielded depends on the data alone, not on the threads' timing. UsageError when no file at all
+    of the ``whole`` could be decoded or the transform's shapes differ.
     """
 
     def __init__(self, images: ImageSet, batch_size: int, workers: int, order: Sequence[tuple[int, int]], *, whole: bool) -> None:
+        self.asked = len(order)
         self.yielded = 0
         self.skipped: tuple[Skipped, ...] = ()
         self._images = images
@@ -77,9 +78,9 @@ class Batches(Iterator[LoadedBatch]):
         for decoded in _decoded(self._images, order, workers, ahead=batch_size + workers):
             if isinstance(decoded.image, str):
                 self.skipped += (Skipped(self._images.files[decoded.index], decoded.image),)
-                continue
-            ready.append(decoded)
-            if len(ready) == batch_size:
+            else:
+                ready.append(decoded)
+            if ready and (decoded.place + 1) % batch_size == 0:
                 yield self._batch(ready)
                 ready = []
         if ready:
