@@ -159,21 +159,30 @@ def _begin(work: _Folder, request: Mapping[str, Any], note: Callable[[str], None
     """Use what is there for the same request; remove what is there for another."""
     manifest = work.path / f"request.{work.part}.json"
     text = json.dumps(request, sort_keys=True, default=str)
-    try:
-        found = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
+    found = _read(manifest)
     if found == json.loads(text):
         if work.kept():
             note(f"Goes on with the work of an earlier process, kept in {work.path.name}.")
         return
-    other = sorted(name for name in request if found.get(name) != json.loads(text)[name]) if isinstance(found, dict) else []
-    stale = [file for file in work.path.iterdir() if f".{work.part}." in file.name]
-    for file in stale:
-        file.unlink()
+    wanted = json.loads(text)
+    other = sorted(name for name in wanted if found.get(name) != wanted[name]) if found else []
+    team = work.part.partition("of")[2]
+    if not found and any(file.stem.rpartition("of")[2] != team for file in work.path.glob("request.*.json")):
+        other = ["number of processes"]
+    for file in list(work.path.iterdir()):
+        if f".{work.part}." in file.name:
+            file.unlink()
     if other:
         note(f"What {work.path.name} keeps is of another request ({', '.join(other)}) and is not used.")
     write_text(manifest, text)
+
+
+def _read(manifest: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _make(path: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cli_helpers import write_images
+from cli_helpers import NAME, QUICK, hesper, write_images
 from hesper.curvature import Batch, image_generators
-from hesper.data import ImageSet, open_folder
+from hesper.data import ImageSet, LoadedBatch, open_folder
 from hesper.errors import Interrupted, JobError, UsageError
 from hesper.heart.criteria import Criterion, sensitivity
 from hesper.heart.passes import Passes
@@ -116,6 +117,34 @@ def test_work_is_kept_when_stopped_and_used_for_the_same_request_only(tmp_path: 
         keep(out, {**REQUEST, "seed": 1}, JobError("no plan"), notes)
     assert notes[1:] == ["What .run.work keeps is of another request (seed) and is not used."]
     assert list((tmp_path / "sub").iterdir()) == []
+
+
+def test_work_of_another_number_of_processes_is_not_used(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        keep(tmp_path / "run", REQUEST, KeyboardInterrupt())
+    notes: list[str] = []
+    with work_beside(tmp_path / "run", REQUEST, rank=0, size=2, note=notes.append) as work:
+        assert work.load("thing") is None
+    assert notes == ["What .run.work keeps is of another request (number of processes) and is not used."]
+
+
+def test_no_pass_holds_more_than_a_few_batches(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    most, made = 0, 0
+
+    def count(images: Tensor, *rest: Any) -> LoadedBatch:
+        nonlocal most, made
+        alive[:] = [each for each in alive if each() is not None]
+        alive.append(weakref.ref(images))
+        most, made = max(most, len(alive)), made + 1
+        return LoadedBatch(images, *rest)
+
+    monkeypatch.setattr("hesper.data.loading.LoadedBatch", count)
+    calib = write_images(tmp_path / "calib", 12)
+    words = ("--weights", weights, "--calib", calib, "--macs", 0.8, "--data", calib, *QUICK, "--batch-size", 2, "--heads", "static")
+    result = hesper("prune", NAME, *words, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.stderr
+    assert made > 100 and most <= 3
 
 
 def test_a_damaged_file_is_done_again_and_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
