@@ -104,7 +104,7 @@ def prune(
     judged = None if data is None else _images(data, opened, class_map, labelled)
     with work_beside(out, _request(opened, images, settings, device), rank=crew.rank, size=crew.size, note=note) as work:
         moved = dataclasses.replace(images, device=device)
-        pruned = prune_model(_on(opened, device), moved, settings, progress, team=crew, work=work)
+        pruned = prune_model(_on(opened, device), moved, settings, progress, crew, work)
         cut = pruned.model.cpu()
         if crew.rank == 0:
             _write_run(out, opened, images, pruned, asked)

@@ -143,14 +143,12 @@ def work_beside(
         try:
             _begin(work, request, note or (lambda text: None))
             yield work
-        except (Interrupted, KeyboardInterrupt) as error:
-            if not work.kept():
+        except BaseException as error:
+            # Trying again would not mend these; on a full disk, what is kept may be what fills it.
+            if not work.kept() or (isinstance(error, (HesperError, OSError)) and not isinstance(error, Interrupted)):
                 _remove(path, made)
             elif isinstance(error, KeyboardInterrupt):
                 raise Interrupted(f"interrupted; run the same command again, and it goes on with what {path.name} keeps") from error
-            raise
-        except (HesperError, OSError):  # a full disk included: what is kept may be what fills it
-            _remove(path, made)
             raise
         _remove(path, [])
 

@@ -83,7 +83,6 @@ def prune(
     images: ImageSet,
     settings: Settings,
     report: Report | None = None,
-    *,
     team: Team | None = None,
     work: Work | None = None,
 ) -> Pruned:
