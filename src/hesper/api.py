@@ -275,6 +275,8 @@ def _images(
         )
     if names is not None and len(names) != wanted:
         raise UsageError(f"The class map names {len(names)} classes and the model has {wanted}; give the model's own class map.")
+    if images.numbered and len(images.classes) != wanted:
+        images = dataclasses.replace(images, classes=())  # names of some classes only would mislead a later evaluation
     if images.labels is None and names is None and len(own := images.source.classes) == wanted:
         # Not needed now, but an evaluation on another folder can then tell which class is which.
         images = dataclasses.replace(images, classes=own)

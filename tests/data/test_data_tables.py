@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cli_helpers import CLASSES, write_images
+from cli_helpers import CLASSES, NAME, hesper, write_images, write_weights
+from hesper import api
 from hesper.data import ImageSet, batches, open_folder, open_images
 from hesper.errors import UsageError
+from hesper.hosts.open import open_model
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -96,3 +99,18 @@ def test_without_the_package_one_sentence_names_the_extra(saved: Path, monkeypat
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match=r"pip install 'hesper\[data\]'"):
         opened(saved / "one")
+
+
+def test_eval_takes_a_data_set_by_its_prefix(folder: Path, saved: Path, weights: Path) -> None:
+    words = [("eval", NAME, "--weights", weights, "--data", data, "--json") for data in (folder, f"hfds:{saved / 'two'}:train")]
+    first, second = (json.loads(hesper(*each).stdout) for each in words)
+    assert {**first, "seconds": 0} == {**second, "seconds": 0} and first["n"] == 12 and first["top1"] is not None
+
+
+def test_names_of_a_few_classes_are_not_taken_for_the_models(saved: Path, tmp_path: Path) -> None:
+    def four(state: dict[str, Tensor]) -> None:
+        state["head.weight"], state["head.bias"] = torch.randn(4, 64), torch.zeros(4)
+
+    weights = write_weights(tmp_path / "four.safetensors", four)
+    images = api._images(saved / "one", open_model(NAME, weights=weights), None, None)
+    assert images.labels is not None and images.classes == ()

@@ -185,20 +185,18 @@ def test_two_processes_evaluate_as_one(calib: Path, reference: RunFolder, proces
     assert len(open_run(reference.path).entries) == len(reference.entries) + 2
 
 
-def test_a_process_that_falls_silent_counts_as_dead(processes: list[subprocess.Popen[str]]) -> None:
-    code = "import time; from hesper.parallel import team; crew = team(); time.sleep(60 * crew.rank); crew.every(1)"
-    first, _ = start_two(processes, [sys.executable, "-c", code], HESPER_TIMEOUT="3")
-    _, stderr = first.communicate(timeout=LONG / 3)
-    assert first.returncode == 1 and "one of the 2 processes died or fell silent" in stderr
-
-
-def test_processes_add_agree_and_say_things_once(processes: list[subprocess.Popen[str]]) -> None:
+def test_processes_add_agree_speak_once_and_count_a_silent_one_as_dead(processes: list[subprocess.Popen[str]]) -> None:
     code = (
-        "import torch; from hesper.parallel import leads, team\n"
+        "import time, torch; from hesper.parallel import leads, team\n"
         "crew = team(); total = torch.tensor([1.0 + crew.rank, 5.0], dtype=torch.float64); crew.sum([total])\n"
         "print(total.tolist(), crew.every(crew.rank), crew.first(crew.rank), leads() == (crew.rank == 0))\n"
-        "print(crew.says('this'))"
+        "print(crew.says('this'), flush=True)\n"
+        "time.sleep(60 * crew.rank); crew.every(1)"
     )
-    found = [process.communicate(timeout=LONG)[0].splitlines() for process in start_two(processes, [sys.executable, "-c", code])]
+    first, second = start_two(processes, [sys.executable, "-c", code], HESPER_TIMEOUT="6")
+    stdout, stderr = first.communicate(timeout=LONG / 3)
+    assert first.returncode == 1 and "one of the 2 processes died or fell silent" in stderr
+    second.kill()
+    found = [stdout.splitlines(), second.communicate()[0].splitlines()]
     assert [lines[0] for lines in found] == ["[3.0, 10.0] [0, 1] 0 True"] * 2
     assert sorted(lines[1] for lines in found) == ["False", "True"]

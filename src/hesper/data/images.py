@@ -126,14 +126,14 @@ def read_class_map(path: str | Path) -> tuple[str, ...]:
 def labels_of(names: Sequence[str | int], classes: Sequence[str] | None, where: str) -> tuple[tuple[int, ...], tuple[str, ...], bool]:
     """Labels of images from the ``names`` of their classes, the classes, and whether the labels are numbers of the data's own.
 
-    Whole numbers are labels as they stand; words are positions in ``classes``, or else among the sorted words. UsageError for a word
-    that ``classes`` lack, for words among numbers, and for negative numbers.
+    Whole numbers are labels as they stand, and ``classes`` only name them; words are positions in ``classes``, or else among the sorted
+    words. UsageError for a word that ``classes`` lack, for words among numbers, and for negative numbers.
     """
     numbers = [name for name in names if isinstance(name, int)]
     if numbers and len(numbers) == len(names):
         if min(numbers) < 0:
             raise UsageError(f"{where} has the label {min(numbers)}; labels are whole numbers from 0, so give the images without labels")
-        return tuple(numbers), tuple(classes) if classes is not None else tuple(map(str, range(max(numbers) + 1))), True
+        return tuple(numbers), tuple(classes or ()), True
     if numbers:
         raise UsageError(f"some labels in {where} are numbers and some are names; use one kind, or give --no-labels")
     words = [str(name) for name in names]
