@@ -6,7 +6,7 @@ import io
 import struct
 import zlib
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -43,12 +43,10 @@ def batches(
         raise UsageError(f"batch size {batch_size} and workers {workers} must be at least 1")
     chosen = range(len(images)) if indices is None else indices
     which, of = share
-    mine = [
-        (place, chosen[place])
-        for block in range(which * batch_size, len(chosen), of * batch_size)
-        for place in range(max(block, start), min(block + batch_size, len(chosen)))
-    ]
-    return Batches(images, batch_size, workers, mine, whole=of == 1 and start == 0)
+    blocks = range(which * batch_size, len(chosen), of * batch_size)
+    spans = [range(max(block, start), min(block + batch_size, len(chosen))) for block in blocks]
+    order = ((place, chosen[place]) for span in spans for place in span)
+    return Batches(images, batch_size, workers, order, sum(map(len, spans)), whole=of == 1 and start == 0)
 
 
 class Batches(Iterator[LoadedBatch]):
@@ -59,8 +57,10 @@ class Batches(Iterator[LoadedBatch]):
     of the ``whole`` could be decoded or the transform's shapes differ.
     """
 
-    def __init__(self, images: ImageSet, batch_size: int, workers: int, order: Sequence[tuple[int, int]], *, whole: bool) -> None:
-        self.asked = len(order)
+    def __init__(
+        self, images: ImageSet, batch_size: int, workers: int, order: Iterable[tuple[int, int]], asked: int, *, whole: bool
+    ) -> None:
+        self.asked = asked
         self.yielded = 0
         self.skipped: tuple[Skipped, ...] = ()
         self._images = images
@@ -73,7 +73,7 @@ class Batches(Iterator[LoadedBatch]):
         """Stop early: cancel what is waiting to be decoded and end the threads."""
         self._run.close()
 
-    def _generate(self, batch_size: int, workers: int, order: Sequence[tuple[int, int]], whole: bool) -> Generator[LoadedBatch, None, None]:
+    def _generate(self, batch_size: int, workers: int, order: Iterable[tuple[int, int]], whole: bool) -> Generator[LoadedBatch, None, None]:
         ready: list[_Decoded] = []
         for decoded in _decoded(self._images, order, workers, ahead=batch_size + workers):
             if isinstance(decoded.image, str):
@@ -110,7 +110,7 @@ class _Decoded:
     image: Tensor | str
 
 
-def _decoded(images: ImageSet, order: Sequence[tuple[int, int]], workers: int, *, ahead: int) -> Iterator[_Decoded]:
+def _decoded(images: ImageSet, order: Iterable[tuple[int, int]], workers: int, *, ahead: int) -> Iterator[_Decoded]:
     # At most ``ahead`` images wait decoded, which bounds memory and still keeps a batch coming while the model works.
     left = iter(order)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="hesper-decode")
