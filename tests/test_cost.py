@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hesper.cost import block_macs, dense_macs, fixed_macs, head_macs, model_macs
@@ -23,12 +24,24 @@ def counted(model: torch.nn.Module, images: torch.Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def unseen(model: GraftedViT, outcome: Outcome, image: int) -> int:
+def rounds(model: GraftedViT, images: Tensor) -> tuple[Outcome, dict[int, list[tuple[int, ...]]]]:
+    """A run, and how many tokens of every image each block's rounds of matching really compared."""
+    seen: dict[int, list[tuple[int, ...]]] = {}
+    hooks = []
+    for block, decider in model.deciders.items():
+        hooks.append(decider.register_forward_hook(lambda _, __, decision, block=int(block): seen.update({block: list(decision.entered)})))
+    outcome = model.run(images)
+    for hook in hooks:
+        hook.remove()
+    return outcome, seen
+
+
+def unseen(model: GraftedViT, outcome: Outcome, image: int, entered: dict[int, list[tuple[int, ...]]]) -> int:
     """What the counter cannot see, by formula: sums of products that are not matrix products.
 
     * the reader's attention logits: tokens x heads x head width (element-wise product and sum),
     * the router's matrix-vector products: tokens x (width + heads),
-    * the weighted sums at merges: merged tokens x width.
+    * the weighted sums at merges: merged tokens x width, and x (rank + 1) for what merged before another round.
     """
     total, anatomy, traffic = 0, model.plan.model.anatomy, outcome.traffic
     criterion = model.plan.pricing.criterion if model.plan.pricing else "tome"
@@ -38,6 +51,9 @@ def unseen(model: GraftedViT, outcome: Outcome, image: int) -> int:
             total += tokens * heads * anatomy.head_dim
         if criterion == "kl":
             total += tokens * (anatomy.width + heads)
+        if criterion == "kl" and cut.combine == "merge":
+            counts = [count[image] for count in entered[cut.block]]
+            total += (counts[0] - counts[-1]) * (RANK + 1)
         if cut.combine == "merge":
             total += (tokens - int(traffic.fed[image, cut.block])) * anatomy.width
     return total
@@ -51,7 +67,7 @@ def test_the_dense_count_is_what_torch_counts(kind: str) -> None:
 
 
 CRITERIA: list[tuple[str, Combine, float]] = [
-    ("kl", "merge", 2.0),
+    ("kl", "merge", 128.0),
     ("tome", "merge", 0.6),
     ("kl", "drop", 0.06),
     ("cls", "drop", 0.06),
@@ -71,18 +87,20 @@ def test_the_count_of_one_image_is_what_torch_counts(
     how = {"threshold": threshold} if adaptive else {"remove": 2}
     dense, skipping = vit("plain" if kind == "skipping" else kind), kind == "skipping"
     plan = plan_for(dense, cuts_of(combine, [0, 1, 2], **how), criterion, heads, skip_unread=skipping)
-    model = graft(dense, plan, tables(dense))
+    model, cut = graft(dense, plan, tables(dense)), 0
     for image in pictures(2).split(1):
-        outcome = model.run(image)
-        assert counted(model, image) == outcome.macs[0] - unseen(model, outcome, 0)
+        outcome, entered = rounds(model, image)
+        assert counted(model, image) == outcome.macs[0] - unseen(model, outcome, 0, entered)
+        cut += int(outcome.traffic.fed[0, 2] < outcome.traffic.attended[0, 0])
+    assert cut > 0
 
 
 @torch.no_grad()
 def test_a_pooled_mean_weighted_by_size_is_not_counted_as_no_mean_is() -> None:
     dense = vit("pooled")
     model, image = graft(dense, plan_for(dense, cuts_of("merge", [1], remove=3)), tables(dense)), pictures(1)
-    outcome = model.run(image)
-    assert counted(model, image) == outcome.macs[0] - unseen(model, outcome, 0)
+    outcome, entered = rounds(model, image)
+    assert counted(model, image) == outcome.macs[0] - unseen(model, outcome, 0, entered)
 
 
 @pytest.mark.parametrize(("criterion", "combine", "threshold"), CRITERIA)
@@ -91,15 +109,20 @@ def test_a_ragged_batch_runs_what_its_images_need_and_padded_pairs(criterion: st
     dense, images = vit(), pictures(4)
     plan = plan_for(dense, cuts_of(combine, [0, 1, 2], threshold=threshold), criterion, [HeadCut(1, (0,))], skip_unread=True)
     model = graft(dense, plan, tables(dense))
-    outcome = model.run(images)
-    needed = int(outcome.macs.sum()) - sum(unseen(model, outcome, image) for image in range(4))
+    outcome, entered = rounds(model, images)
+    needed = int(outcome.macs.sum()) - sum(unseen(model, outcome, image, entered) for image in range(4))
     padding = 0
     depth = {"kl": RANK, "tome": 8}.get(criterion, 8)
     for block in range(3):
         patches = outcome.traffic.attended[:, block] - 1
         most = patches.max()
         if combine == "merge" and criterion in ("kl", "tome"):
-            padding += int(((most // 2) * ((most + 1) // 2) - (patches // 2) * ((patches + 1) // 2)).sum()) * depth
+            before = patches + 1
+            for number, counts in enumerate(entered[block]):
+                patches = np.array(counts) - 1
+                ran = len(patches) * (patches.max() // 2) * ((patches.max() + 1) // 2)
+                needs = (patches // 2) * ((patches + 1) // 2) * ((patches < before) | (number == 0))
+                padding, before = padding + int(ran - needs.sum()) * depth, patches
         elif combine == "merge":
             padding += int((most**2 - patches**2).sum()) * depth
     assert counted(model, images) == needed + padding

@@ -11,10 +11,10 @@ SOURCE = ROOT / "src" / "hesper"
 # Each room may import from rooms of its own rank or lower, never from higher ones.
 RANKS = [
     {"errors"},
-    {"registry", "device"},
+    {"registry", "device", "parallel"},
     {"plan"},
     {"cost", "data", "runs", "curvature"},
-    {"hosts"},
+    {"hosts", "work"},
     {"graft"},
     {"measure"},
     {"heart"},

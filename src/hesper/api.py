@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from hesper.data import ImageSet, Skipped, batches, check_labels, class_folders, open_folder, read_class_map
+from hesper import __version__ as hesper_version
+from hesper.data import ImageSet, Skipped, batches, check_labels, open_images, read_class_map, require_readable
 from hesper.device import use_device
 from hesper.errors import HesperError, JobError, UsageError
 from hesper.graft import GraftedViT, graft
@@ -21,8 +25,8 @@ from hesper.heart.prune import Pruned, Settings
 from hesper.heart.prune import prune as prune_model
 from hesper.hosts import open_host
 from hesper.hosts.open import HF, OpenModel, check_rebuildable, open_model, rebuild, wrap
-from hesper.measure.evaluate import Evaluation
-from hesper.measure.evaluate import evaluate as evaluate_model
+from hesper.measure.evaluate import Evaluation, join, measure
+from hesper.parallel import leads, team
 from hesper.plan import Plan, dumps, empty_plan
 from hesper.runs import (
     MODEL,
@@ -39,6 +43,7 @@ from hesper.runs import (
     utc_now,
     write_text,
 )
+from hesper.work import work_beside
 
 Progress = Callable[[str, int, int], None]
 DECIDERS = "deciders."
@@ -59,50 +64,84 @@ def prune(
     device: str = "cpu",
     asked: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> RunFolder:
     """Prune a model within a budget and write a run folder: plan, weights, record, gallery.
 
     Args:
         model: a timm name, ``hf:`` and a Hugging Face name or folder, or a model that is open already.
-        calib: a folder of calibration images; half of them only verify.
+        calib: calibration images, half of which only verify: a folder, tar shards, or ``hfds:NAME[:SPLIT]``.
         out: the run folder to make; it must not exist.
         settings: budget and method.
         weights: a weights file for a name, instead of its pretrained weights.
         class_map: class names by label, one a line; without it the sorted class folders are the classes.
-        data: a folder of images to evaluate the pruned model on afterwards; the record gets a second entry.
+        data: images to evaluate the pruned model on afterwards; the record gets a second entry.
         labelled: whether to use the class folders of ``data`` as labels; None finds out.
         device: where to compute, "cpu" or "cuda".
         asked: what the user asked for, in their words, for the record; without it the arguments of this call.
         progress: told (stage, done, total).
+        note: told, in a sentence, whether the work of an earlier process goes on.
+
+    A job that is killed goes on when it is asked for again: what it has finished lies in a folder beside ``out`` until it is done. Under
+    torchrun the processes share the images, and that of rank 0 writes; all return the same.
 
     Raises:
         UsageError: wrong input.
         JobError: no plan keeps the budget, the disk is full, or an output is not finite.
     """
+    crew = team()
     use_device(device)
+    if os.path.lexists(out):  # said before the model is opened
+        raise UsageError(f"{out} exists already; give --out a new folder or remove the old one")
     if asked is None:
         given = {"calib": calib, "out": out, "weights": weights, "class_map": class_map, "data": data}
         paths = {name: None if path is None else str(path) for name, path in given.items()}
         name = model if isinstance(model, str) else model.ref.name
         asked = {"model": name, **paths, "labels": labelled, "device": device, **dataclasses.asdict(settings)}
-    with new_run(out) as folder:
-        opened = open_model(model, weights=weights) if isinstance(model, str) else model
-        check_rebuildable(opened)
-        images = _images(calib, opened, class_map, settings.criterion.needs_labels)
-        # Opened before the work begins, so that a wrong folder is found out now and not at the end.
-        judged = None if data is None else _images(data, opened, class_map, labelled)
-        pruned = prune_model(_on(opened, device), dataclasses.replace(images, device=device), settings, progress)
+    opened = open_model(model, weights=weights) if isinstance(model, str) else model
+    check_rebuildable(opened)
+    images = _images(calib, opened, class_map, settings.criterion.needs_labels)
+    # Opened before the work begins, so that a wrong folder is found out now and not at the end.
+    judged = None if data is None else _images(data, opened, class_map, labelled)
+    with work_beside(out, _request(opened, images, settings, device), rank=crew.rank, size=crew.size, note=note) as work:
+        moved = dataclasses.replace(images, device=device)
+        pruned = prune_model(_on(opened, device), moved, settings, progress, crew, work)
         cut = pruned.model.cpu()
+        if crew.rank == 0:
+            _write_run(out, opened, images, pruned, asked)
+        crew.first(None)  # nobody goes on before the run is there
+    if judged is not None:
+        with once_written(f"the run {out} is complete but for its evaluation, which 'hesper eval {out} --data {data}' makes"):
+            result, skipped = _compare(opened, cut, judged, settings.batch_size, device, progress)
+            if crew.rank == 0:
+                append(Path(out) / RECORD, _entry(result, judged, skipped, asked.get("data", data), settings.batch_size))
+    return crew.first(open_run(out) if crew.rank == 0 else None)  # type: ignore[return-value]
+
+
+def _write_run(out: str | Path, opened: OpenModel, images: ImageSet, pruned: Pruned, asked: Mapping[str, Any]) -> None:
+    with new_run(out) as folder:
+        cut = pruned.model
         write_text(folder / PLAN, dumps(pruned.chosen.plan))
         safetensors.torch.save_file(_tensors(opened, cut), folder / MODEL, metadata=dict(opened.blueprint) or None)
         chosen = [pruned.verify[i] for i in choose_images(pruned.chosen.evaluation.macs.tolist())]
         save_gallery(folder, make_gallery(opened, cut, images, chosen))
         seal(folder, "prune", asked=asked, results=_results(pruned, images, pruned.skipped))
-    if judged is not None:
-        with once_written(f"the run {out} is complete but for its evaluation, which 'hesper eval {out} --data {data}' makes"):
-            result, skipped = _compare(opened, cut, judged, settings.batch_size, device, progress)
-            append(Path(out) / RECORD, _entry(result, judged, skipped, asked.get("data", data), settings.batch_size))
-    return open_run(out)
+
+
+def _request(opened: OpenModel, images: ImageSet, settings: Settings, device: str) -> dict[str, Any]:
+    """All that the outcome of pruning depends on, in plain values: work kept for the same request may be used."""
+    labels = None if images.labels is None else hashlib.sha256(repr(images.labels).encode()).hexdigest()
+    return {
+        "hesper": hesper_version,
+        "torch": torch.__version__,
+        "model": opened.ref.name,
+        "weights": opened.ref.weights_sha256,
+        "preprocessing": repr(opened.transform),
+        "images": images.sha256,
+        "labels": labels,
+        "device": device,
+        **dataclasses.asdict(settings),
+    }
 
 
 def load(run: str | Path) -> GraftedViT:
@@ -132,7 +171,7 @@ def evaluate(
 
     Args:
         target: a run folder, a timm name, or ``hf:`` and a Hugging Face name or folder.
-        data: a folder of images; with class folders they are labelled, without they are not.
+        data: images: a folder (with class folders they are labelled), tar shards, or ``hfds:NAME[:SPLIT]``.
         weights: a weights file, for a name.
         class_map: class names by label; a run remembers the one it was made with.
         labelled: whether to use class folders as labels; None finds out.
@@ -147,6 +186,7 @@ def evaluate(
         UsageError: wrong input.
         JobError: an output is not finite.
     """
+    team()  # connected first, so that a failure is said once
     use_device(device)
     run = _run_of(target)
     if run is None:
@@ -165,7 +205,7 @@ def evaluate(
     result, unread = _compare(opened, cut, images, batch_size, device, progress)
     if skipped and (every := (*images.skipped, *unread)):
         skipped(every)
-    if run is not None:
+    if run is not None and leads():
         _record(run, _entry(result, images, unread, (asked or {}).get("data", data), batch_size, dial))
     return result
 
@@ -200,11 +240,15 @@ def _compare(
         nonlocal done
         done += count
         if progress:
-            progress("Evaluate", done, len(images))
+            progress("Evaluate", done, loader.asked)
 
-    loader = batches(dataclasses.replace(images, device=device), batch_size)
-    result = evaluate_model(cut.to(device), _on(opened, device).host.module, loader, step)
-    return result, loader.skipped
+    crew = team()
+    loader = batches(dataclasses.replace(images, device=device), batch_size, share=(crew.rank, crew.size))
+    share = measure(cut.to(device), _on(opened, device).host.module, loader, step)
+    skipped = tuple(sorted({skip for skips in crew.every(loader.skipped) for skip in skips}, key=lambda skip: skip.file))
+    if len(skipped) == len(images):
+        require_readable(images, skipped)
+    return join(crew.every(share)), skipped
 
 
 def _record(run: RunFolder, entry: Entry) -> None:
@@ -229,27 +273,27 @@ def _entry(
 
 
 def _images(
-    folder: str | Path,
+    where: str | Path,
     opened: OpenModel,
     class_map: str | Path | None,
     labelled: bool | None,
     classes: tuple[str, ...] | None = None,
 ) -> ImageSet:
     names = classes if class_map is None else read_class_map(class_map)
-    if labelled is None:
-        labelled = Path(folder).is_dir() and bool(class_folders(Path(folder)))
-    images = open_folder(folder, transform=opened.transform, class_map=names, labelled=labelled)
+    images = open_images(where, transform=opened.transform, class_map=names, labelled=labelled)
     wanted = opened.ref.anatomy.classes
-    if labelled and names is None and len(images.classes) != wanted:
+    if images.labels is not None and names is None and not images.numbered and len(images.classes) != wanted:
         raise UsageError(
-            f"{folder} has {len(images.classes)} class folders and the model {wanted} classes, so folders alone do not say which label "
+            f"{where} has {len(images.classes)} class names and the model {wanted} classes, so names alone do not say which label "
             "each has; give --class-map, a text file with the model's class names in order, one a line."
         )
     if names is not None and len(names) != wanted:
         raise UsageError(f"The class map names {len(names)} classes and the model has {wanted}; give the model's own class map.")
-    if not labelled and names is None and len(folders := class_folders(Path(folder))) == wanted:
+    if images.numbered and len(images.classes) != wanted:
+        images = dataclasses.replace(images, classes=())  # names of some classes only would mislead a later evaluation
+    if images.labels is None and names is None and len(own := images.source.classes) == wanted:
         # Not needed now, but an evaluation on another folder can then tell which class is which.
-        images = dataclasses.replace(images, classes=folders)
+        images = dataclasses.replace(images, classes=own)
     check_labels(images, wanted)
     return images
 

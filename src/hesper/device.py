@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 
 import torch
@@ -36,6 +37,8 @@ def use_device(name: str) -> str:
         found, reason = cuda_device()
         if found is None:
             raise UsageError(f"CUDA cannot be used here: {reason}; use --device cpu.")
+        # Of several processes on a machine each takes the next device, and "cuda" means that one from here on.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return name
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-__all__ = ["DISK_FULL", "HesperError", "JobError", "UsageError"]
+__all__ = ["DISK_FULL", "HesperError", "Interrupted", "JobError", "UsageError"]
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -29,3 +29,7 @@ class JobError(HesperError):
     """The request was right, but the job could not be done."""
 
     exit_code: int = 1
+
+
+class Interrupted(JobError):
+    """The job was stopped from outside, and the same request, made again, goes on with what is finished."""

@@ -17,14 +17,14 @@ HESPER = (sys.executable, "-c", "from hesper.cli import main; main()")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_the_middle_leaves_nothing(tmp_path: Path, weights: Path, images: Path, number: signal.Signals) -> None:
+def test_a_signal_before_anything_is_finished_leaves_nothing(tmp_path: Path, weights: Path, images: Path, number: signal.Signals) -> None:
     words = ["prune", NAME, "--weights", weights, "--calib", images, "--macs", "0.5", "--draws", "5000", "--out", tmp_path / "sub" / "run"]
     with subprocess.Popen([*HESPER, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("sub/.run.*.partial")) and time.monotonic() < deadline:
+        while not list(tmp_path.glob("sub/.run.work/request.*.json")) and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(1)
-        assert process.poll() is None and list(tmp_path.glob("sub/.run.*.partial"))
+        assert process.poll() is None and list(tmp_path.glob("sub/.run.work/request.*.json"))
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 1

@@ -41,7 +41,7 @@ def threshold(kind: str, criterion: str, combine: Any) -> float:
     """A price at which images lose different counts: of a grid, the one that spreads the counts after two cuts most."""
     if criterion == "random":
         return 0.3
-    grid = [2.0 ** (power / 2) for power in range(-13, 12, 2)]
+    grid = [2.0 ** (power / 2) for power in range(-13, 20, 2)]
     fed = {
         price: grafted(kind, DOUBLE, criterion, cuts_of(combine, [0, 1], threshold=price)).run(pictures(5, DOUBLE)).traffic.fed[:, 1]
         for price in grid
@@ -176,7 +176,7 @@ def test_a_grid_of_even_width_is_decided_on_as_a_checkerboard() -> None:
 
 @torch.no_grad()
 def test_feeding_rows_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, images = grafted("plain", DOUBLE, "kl", cuts_of("merge", [0, 1, 2], threshold=2.0)), pictures(4, DOUBLE)
+    model, images = grafted("plain", DOUBLE, "kl", cuts_of("merge", [0, 1, 2], threshold=64.0)), pictures(4, DOUBLE)
     whole = model.run(images)
     sizes: list[int] = []
     model.network.blocks[0].mlp.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
@@ -189,7 +189,7 @@ def test_feeding_rows_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch)
 @torch.no_grad()
 def test_a_merge_keeps_the_mass_or_the_length_of_every_image(criterion: str) -> None:
     """ToMe's mean keeps the size-weighted sum of tokens; merging by curvature keeps the size-weighted sum of their lengths."""
-    how: dict[str, Any] = {"threshold": 2.0} if criterion == "kl" else {"remove": 3}
+    how: dict[str, Any] = {"threshold": 64.0} if criterion == "kl" else {"remove": 3}
     model, images = grafted("plain", DOUBLE, criterion, cuts_of("merge", [0, 1, 2], **how)), pictures(4, DOUBLE)
     watch = Watch(model)
     fed: list[Tensor] = []
@@ -281,7 +281,7 @@ def test_leaving_out_what_nobody_reads_changes_nothing(kind: str) -> None:
     skipping = grafted(kind, skip_unread=True)
     torch.testing.assert_close(skipping(images), vit(kind)(images), rtol=1e-5, atol=1e-5)
     assert (skipping.run(images).macs < skipping.dense_macs).all()
-    cuts = cuts_of("merge", [0, 1, 2], threshold=2.0)
+    cuts = cuts_of("merge", [0, 1, 2], threshold=64.0)
     with_all, without = grafted(kind, cuts=cuts), grafted(kind, cuts=cuts, skip_unread=True)
     torch.testing.assert_close(without(images), with_all(images), rtol=1e-5, atol=1e-5)
 
@@ -302,7 +302,7 @@ def test_removing_heads_is_gating_them_to_zero(kind: str) -> None:
 @torch.no_grad()
 def test_tokens_and_heads_leave_together_and_the_router_ignores_removed_heads() -> None:
     images = pictures(4)
-    model = grafted("plain", cuts=cuts_of("merge", [1, 2], threshold=2.0), heads=[HeadCut(1, (1,))])
+    model = grafted("plain", cuts=cuts_of("merge", [1, 2], threshold=64.0), heads=[HeadCut(1, (1,))])
     assert torch.equal(model.deciders["1"].router.attention, tables(vit())["1.router.attention"][[0, 2]])
     assert model(images).isfinite().all()
 

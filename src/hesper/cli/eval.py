@@ -20,6 +20,7 @@ from hesper.cli.options import (
     with_weights,
 )
 from hesper.cli.progress import Stages
+from hesper.parallel import leads
 
 __all__ = ["evaluate", "table"]
 
@@ -30,7 +31,13 @@ __all__ = ["evaluate", "table"]
     epilog=example("hesper eval runs/vit-tiny-066 --data imagenet/val --json"),
 )
 @click.argument("target", metavar="RUN|MODEL")
-@click.option("--data", type=file_path(), required=True, metavar="DIR", help="Images; with class folders they are labelled.")
+@click.option(
+    "--data",
+    type=file_path(),
+    required=True,
+    metavar="DIR",
+    help="Images: a folder (labelled by class folders), tar shards or hfds:NAME[:SPLIT].",
+)
 @with_weights
 @with_class_map
 @with_labels
@@ -72,6 +79,8 @@ def evaluate(
             progress=stages,
             skipped=lambda files: skipped.extend((file.file, file.reason) for file in files),
         )
+    if not leads():
+        return
     print_skipped(skipped)
     figures = result.summary()
     click.echo(as_json({**figures, "skipped": len(skipped)}) if json_ else table(figures))

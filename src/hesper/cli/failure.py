@@ -7,6 +7,7 @@ import sys
 import click
 
 from hesper.errors import DISK_FULL, HesperError
+from hesper.parallel import leads, team
 
 __all__ = ["TRACEBACK", "Failure", "explain"]
 
@@ -42,9 +43,16 @@ class Failure(click.ClickException):
     def tell(self) -> int:
         """Print the sentence; gives the exit code."""
         sentence = " ".join(self.format_message().split())
+        if not _first_to_say(sentence):
+            return self.code
         after_keys = "\n" if sys.stderr.isatty() and "interrupted" in sentence else ""  # the terminal has just shown ^C
         click.echo(f"{after_keys}hesper: {sentence}{'' if sentence.endswith(('.', '?', '!')) else '.'}", file=sys.stderr)
         return self.code
+
+
+def _first_to_say(sentence: str) -> bool:
+    """Of several processes that say the same only one is heard, if they are connected; otherwise that of rank 0."""
+    return team().says(sentence) if team.cache_info().currsize else leads()
 
 
 def explain(error: click.UsageError) -> str:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hesper.parallel import leads
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -32,7 +34,7 @@ class Stages:
         self._started = time.monotonic()
 
     def __enter__(self) -> Stages:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and leads():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -70,9 +72,13 @@ class Stages:
         if self._bars is not None and self._task is not None:
             self._bars.remove_task(self._task)
             self._task = None
-        if not self._stage or seconds < WORTH_TELLING:
+        if self._stage and seconds >= WORTH_TELLING:
+            self.say(f"{self._stage}: {seconds:.0f} s{f', {self._rounds} rounds' if self._rounds > 1 else ''}")
+
+    def say(self, line: str) -> None:
+        """Print a line on stderr, beside the bars; of several processes one prints."""
+        if not leads():
             return
-        line = f"{self._stage}: {seconds:.0f} s{f', {self._rounds} rounds' if self._rounds > 1 else ''}"
         if self._bars is not None:
             self._bars.console.print(line, highlight=False, markup=False)
         else:

@@ -22,6 +22,7 @@ from hesper.cli.options import (
 )
 from hesper.cli.progress import Stages
 from hesper.errors import UsageError
+from hesper.parallel import leads
 
 if TYPE_CHECKING:
     from hesper.heart.prune import Settings
@@ -42,7 +43,13 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
     ),
 )
 @click.argument("model")
-@click.option("--calib", type=file_path(), required=True, metavar="DIR", help="Calibration images; half of them only verify the budget.")
+@click.option(
+    "--calib",
+    type=file_path(),
+    required=True,
+    metavar="DIR",
+    help="Calibration images: a folder, tar shards or hfds:NAME[:SPLIT]; half of them only verify.",
+)
 @click.option("--out", type=file_path(), required=True, metavar="RUN", help="The run folder to make; it must not exist.")
 @click.option("--macs", type=float, metavar="RATIO", help="Budget: keep at most this share of the multiply-accumulates, such as 0.66.")
 @click.option("--loss-budget", type=float, metavar="NATS", help="Budget: drift at most this far from the dense model, KL in nats.")
@@ -115,7 +122,10 @@ def prune(**options: Any) -> None:
             device=options["device"],
             asked=_asked(options),
             progress=stages,
+            note=stages.say,
         )
+    if not leads():
+        return
     write_report_in(run)
     print_skipped([(skip["file"], skip["reason"]) for entry in run.entries for skip in entry.results["skipped"]])
     _tell(run, options["json_"])

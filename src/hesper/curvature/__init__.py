@@ -29,6 +29,7 @@ from hesper.curvature.points import (
     size,
     unflatten,
 )
+from hesper.curvature.randomness import Randomness, image_generators
 
 __all__ = [
     "Batch",
@@ -44,6 +45,7 @@ __all__ = [
     "MatrixOperator",
     "Point",
     "PointEstimate",
+    "Randomness",
     "Spectrum",
     "SymmetricOperator",
     "axpy",
@@ -55,6 +57,7 @@ __all__ = [
     "fisher_diagonal_exact",
     "flatten",
     "gradient",
+    "image_generators",
     "lanczos",
     "norm",
     "power_iteration",

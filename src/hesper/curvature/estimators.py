@@ -14,6 +14,7 @@ from hesper.curvature.differentiable import twice_differentiable
 from hesper.curvature.lens import Lens, walk
 from hesper.curvature.operators import Gather, SymmetricOperator, derivative, variables
 from hesper.curvature.points import Point, dot, random_signs, require_same_structure
+from hesper.curvature.randomness import Randomness
 from hesper.errors import UsageError
 
 
@@ -97,7 +98,7 @@ def trace_from_probes(operator: SymmetricOperator, probes: Iterable[Point]) -> E
     return Estimate(float(found.mean["trace"]), float(found.stderr["trace"]), found.n)
 
 
-def diagonal(operator: SymmetricOperator, probes: int, generator: torch.Generator) -> PointEstimate:
+def diagonal(operator: SymmetricOperator, probes: int, generator: Randomness) -> PointEstimate:
     """Estimate of the diagonal, the mean of ``v * (A v)`` over random signs v: unbiased.
 
     One probe's variance at entry i is ``sum_(j != i) A_ij^2``. Costs one product a probe; in a "sum" lens images
@@ -124,7 +125,7 @@ def diagonal_from_probes(operator: SymmetricOperator, probes: Iterable[Point]) -
     return running.estimate()
 
 
-def quadratic_scores(operator: SymmetricOperator, point: Point, block_dims: int, probes: int, generator: torch.Generator) -> PointEstimate:
+def quadratic_scores(operator: SymmetricOperator, point: Point, block_dims: int, probes: int, generator: Randomness) -> PointEstimate:
     """Estimates of ``z_i^T A_ii z_i`` for every block i of ``point`` and its diagonal block of A: unbiased.
 
     A block is what shares the first ``block_dims`` indices of a tensor: with activations [images, tokens, width] and
@@ -149,7 +150,7 @@ def quadratic_scores(operator: SymmetricOperator, point: Point, block_dims: int,
     return running.estimate()
 
 
-def fisher_diagonal(lens: Lens, batches: Iterable[Batch], draws: int, generator: torch.Generator) -> PointEstimate:
+def fisher_diagonal(lens: Lens, batches: Iterable[Batch], draws: int, generator: Randomness) -> PointEstimate:
     """Diagonal of the Fisher matrix, ``F_ii = sum_n E_(c ~ p_n) [(d log p_n,c / dx_i)^2]`` (or its mean): unbiased.
 
     Classes are drawn from what the model predicts, never taken from labels. One backward pass per draw and batch.
@@ -224,7 +225,7 @@ def _weighted_scores(lens: Lens, logits: Tensor) -> Iterator[Tensor]:
             yield alone
 
 
-def _sign_stream(like: Point, probes: int, generator: torch.Generator) -> Iterator[Point]:
+def _sign_stream(like: Point, probes: int, generator: Randomness) -> Iterator[Point]:
     return (random_signs(like, generator) for _ in range(probes))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hesper.curvature.batches import Batch
+from hesper.curvature.randomness import Randomness
 from hesper.errors import UsageError
 
 
@@ -32,7 +33,7 @@ class Loss(Protocol):
     def output_gradients(self, logits: Tensor, classes: Tensor) -> Tensor:
         """Gradients of ``-log p_c`` in the logits, without graph: classes [draws, images] -> [draws, images, classes]."""
 
-    def sample_output_gradients(self, logits: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    def sample_output_gradients(self, logits: Tensor, draws: int, generator: Randomness) -> Tensor:
         """`output_gradients` for classes drawn from `probabilities`, [draws, images, classes]."""
 
 
@@ -63,7 +64,7 @@ class CrossEntropy:
         """``p - e_c``, [draws, images, classes]."""
         return _score(logits, classes, 1.0)
 
-    def sample_output_gradients(self, logits: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    def sample_output_gradients(self, logits: Tensor, draws: int, generator: Randomness) -> Tensor:
         """``p - e_c`` with c drawn from p, [draws, images, classes]."""
         return self.output_gradients(logits, draw_classes(self.probabilities(logits), draws, generator))
 
@@ -117,12 +118,12 @@ class DenseKL:
         """``(p - e_c) / T`` with p = softmax(z/T), [draws, images, classes]."""
         return _score(logits, classes, self.temperature)
 
-    def sample_output_gradients(self, logits: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    def sample_output_gradients(self, logits: Tensor, draws: int, generator: Randomness) -> Tensor:
         """``(p - e_c) / T`` with c drawn from p = softmax(z/T), [draws, images, classes]."""
         return self.output_gradients(logits, draw_classes(self.probabilities(logits), draws, generator))
 
 
-def draw_classes(probabilities: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+def draw_classes(probabilities: Tensor, draws: int, generator: Randomness) -> Tensor:
     """Draw classes independently for every image: [images, classes] -> [draws, images]; raises UsageError for draws < 1.
 
     >>> draw_classes(torch.tensor([[0.0, 1.0]]), 3, torch.Generator().manual_seed(0)).tolist()
@@ -130,6 +131,13 @@ def draw_classes(probabilities: Tensor, draws: int, generator: torch.Generator) 
     """
     if draws < 1:
         raise UsageError(f"at least one draw is needed, not {draws}")
+    if isinstance(generator, torch.Generator):
+        return _drawn(probabilities, draws, generator)
+    rows = [_drawn(row[None], draws, each) for row, each in zip(probabilities, generator, strict=True)]
+    return torch.cat(rows, 1)
+
+
+def _drawn(probabilities: Tensor, draws: int, generator: torch.Generator) -> Tensor:
     # Drawn on the generator's own device, so that one seed gives the same classes to every device.
     weights = probabilities.detach().to(generator.device, torch.float64)
     return torch.multinomial(weights, draws, replacement=True, generator=generator).T.to(probabilities.device)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from hesper.curvature.randomness import Randomness
 from hesper.errors import UsageError
 
 Point = Mapping[str, Tensor]
@@ -105,19 +106,23 @@ def unit_vectors(like: Point) -> Iterator[dict[str, Tensor]]:
 
 
 # Both draw on the generator's own device, so that one seed gives the same probes to every device.
-def random_signs(like: Point, generator: torch.Generator) -> dict[str, Tensor]:
+def random_signs(like: Point, generator: Randomness) -> dict[str, Tensor]:
     """Independent entries, +1 or -1 with equal probability: the probes of least variance for a trace.
 
+    With a generator per image, the first dimension of every tensor counts the images.
     Source: Hutchinson, Communications in Statistics 19(2), 1990.
 
     >>> signs = random_signs({"a": torch.zeros(8)}, torch.Generator().manual_seed(0))["a"]
     >>> signs.abs().tolist() == [1.0] * 8
     True
     """
-    return {
-        name: (2 * torch.randint(0, 2, tensor.shape, generator=generator, device=generator.device) - 1).to(tensor)
-        for name, tensor in like.items()
-    }
+    if isinstance(generator, torch.Generator):
+        return {name: _signs(tensor.shape, generator).to(tensor) for name, tensor in like.items()}
+    return {name: torch.stack([_signs(tensor.shape[1:], each) for each in generator]).to(tensor) for name, tensor in like.items()}
+
+
+def _signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    return 2 * torch.randint(0, 2, shape, generator=generator, device=generator.device) - 1
 
 
 def random_normal(like: Point, generator: torch.Generator) -> dict[str, Tensor]:

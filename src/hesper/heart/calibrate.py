@@ -39,7 +39,7 @@ def calibration(
         fixed = _as_counts(plan, removed)
         if counts == "fixed":
             return fixed
-        return _as_thresholds(plan, fixed, graft(module, replace(plan, tokens=fixed), tensors), batches())
+        return _as_thresholds(plan, fixed, graft(module, replace(plan, tokens=fixed, dial=None), tensors), batches())
 
     return cuts
 

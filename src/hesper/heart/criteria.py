@@ -13,6 +13,7 @@ from hesper.curvature import (
     CrossEntropy,
     DenseKL,
     Hessian,
+    Randomness,
     diagonal,
     fisher_diagonal,
     gradient,
@@ -81,7 +82,7 @@ class StreamCurvature:
     strength: Tensor
 
 
-def sensitivity(host: Host, batch: Batch, criterion: Criterion, generator: torch.Generator) -> Sensitivity:
+def sensitivity(host: Host, batch: Batch, criterion: Criterion, generator: Randomness) -> Sensitivity:
     """Prices of deleting every patch after every block and of removing every head, for each image of ``batch``.
 
     Raises:
@@ -102,7 +103,7 @@ def sensitivity(host: Host, batch: Batch, criterion: Criterion, generator: torch
     return Sensitivity(price[TOKEN_GATES], price[HEAD_GATES], bend.stderr[TOKEN_GATES] / 2, bend.stderr[HEAD_GATES] / 2)
 
 
-def stream_curvature(host: Host, batch: Batch, criterion: Criterion, generator: torch.Generator) -> StreamCurvature:
+def stream_curvature(host: Host, batch: Batch, criterion: Criterion, generator: Randomness) -> StreamCurvature:
     """The stream's curvature under a criterion: Fisher samples (``kl``), label gradients (``ce``), or isotropic (``heart``).
 
     For ``heart`` the score z^T H z of a token is spread evenly over directions: its block is (z^T H z / |z|^2) times the identity.
@@ -134,7 +135,7 @@ def _accumulate(total: StreamCurvature | None, slope: Tensor, draws: int) -> Str
     return StreamCurvature(moment, strength) if total is None else StreamCurvature(total.second_moment + moment, total.strength + strength)
 
 
-def _activation_scores(host: Host, batch: Batch, criterion: Criterion, generator: torch.Generator) -> Sensitivity:
+def _activation_scores(host: Host, batch: Batch, criterion: Criterion, generator: Randomness) -> Sensitivity:
     with torch.no_grad():
         trace = gated_forward(host, batch.images)
     streams = torch.stack(trace.streams, 1).detach()
@@ -148,16 +149,14 @@ def _activation_scores(host: Host, batch: Batch, criterion: Criterion, generator
     return Sensitivity(tokens, heads, tokens_error, heads_error)
 
 
-def _scores(
-    host: Host, batch: Batch, criterion: Criterion, generator: torch.Generator, name: str, activations: Tensor
-) -> tuple[Tensor, Tensor]:
+def _scores(host: Host, batch: Batch, criterion: Criterion, generator: Randomness, name: str, activations: Tensor) -> tuple[Tensor, Tensor]:
     """z^T H_z z of every activation of one kind, with its standard error."""
     lens = gated_lens(host, len(batch.images), CrossEntropy(), name, like=batch.images)
     scores = quadratic_scores(Hessian(lens, [batch], keep_graph=True), {name: activations}, 3, criterion.draws, generator)
     return scores.mean[name], scores.stderr[name]
 
 
-def _isotropic(host: Host, batch: Batch, criterion: Criterion, generator: torch.Generator) -> StreamCurvature:
+def _isotropic(host: Host, batch: Batch, criterion: Criterion, generator: Randomness) -> StreamCurvature:
     prefix, width = host.anatomy.prefix_tokens, host.anatomy.width
     with torch.no_grad():
         streams = torch.stack(gated_forward(host, batch.images).streams, 1)[:, :, prefix:]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesper.curvature import Batch
+from hesper.curvature import Batch, image_generators
 from hesper.errors import JobError, UsageError
 from hesper.graft.attention import attend, reader_attention
 from hesper.graft.deciders import State
@@ -62,30 +62,18 @@ def fit_tables(
     """
     if not 1 <= rank <= host.anatomy.width:
         raise UsageError(f"The rank must lie between 1 and the model's width {host.anatomy.width}, not {rank}.")
-    sums = _Sums(host)
+    sums = FitSums(host, criterion, combine, generator)
     for batch in batches:
-        if combine == "merge":
-            found = stream_curvature(host, batch, criterion, generator)
-            sums.add_curvature(batch, found.second_moment, found.strength)
-        else:
-            sums.add_curvature(batch, None, sensitivity(host, batch, criterion, generator).tokens)
-    if not sums.images:
-        raise UsageError("There are no calibration images to fit on; give a folder with images.")
-    return sums.tables(combine, rank)
+        sums.add(batch)
+    return sums.tables(rank)
 
 
 def survey(host: Host, batches: Iterable[Batch], criterion: Criterion, generator: torch.Generator) -> Atlas:
     """Mean price of every patch position and head over calibration images."""
-    tokens, heads = [], []
+    sums = SurveySums(host, criterion, generator)
     for batch in batches:
-        found = sensitivity(host, batch, criterion, generator)
-        tokens.append(found.tokens)
-        heads.append(found.heads)
-    if not heads:
-        raise UsageError("There are no calibration images to survey; give a folder with images.")
-    every = torch.cat(heads)
-    error = every.std(0) / len(every) ** 0.5 if len(every) > 1 else torch.full_like(every[0], float("nan"))
-    return Atlas(torch.cat(tokens).mean(0), every.mean(0), error, len(every))
+        sums.add(batch)
+    return sums.atlas()
 
 
 def dense_states(host: Host, images: Tensor) -> Iterator[State]:
@@ -103,17 +91,67 @@ def dense_states(host: Host, images: Tensor) -> Iterator[State]:
             rows = rows + block.feed(rows)
 
 
-class _Sums:
+class SurveySums:
+    """Running sums of prices over calibration images; memory does not grow with their number."""
+
+    def __init__(self, host: Host, criterion: Criterion, generator: torch.Generator) -> None:
+        anatomy = host.anatomy
+        self.host, self.criterion, self.generator = host, criterion, generator
+        self.images = torch.zeros((), dtype=torch.float64)
+        self.tokens = torch.zeros(anatomy.depth, anatomy.tokens - anatomy.prefix_tokens, dtype=torch.float64)
+        self.heads = torch.zeros(anatomy.depth, anatomy.heads, dtype=torch.float64)
+        self.heads_squared = torch.zeros_like(self.heads)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums themselves, float64 on the CPU: what another process adds to them counts."""
+        return {"images": self.images, "tokens": self.tokens, "heads": self.heads, "heads_squared": self.heads_squared}
+
+    def add(self, batch: Batch) -> None:
+        """Add the prices of a batch."""
+        found = sensitivity(self.host, batch, self.criterion, image_generators(batch.images, self.generator))
+        heads = found.heads.double().cpu()
+        self.tokens += found.tokens.double().cpu().sum(0)
+        self.heads += heads.sum(0)
+        self.heads_squared += heads.square().sum(0)
+        self.images += len(batch.images)
+
+    def atlas(self) -> Atlas:
+        """Means over all images; UsageError without any."""
+        n = int(self.images)
+        if not n:
+            raise UsageError("There are no calibration images to survey; give a folder with images.")
+        mean = self.heads / n
+        error = torch.full_like(mean, float("nan"))
+        if n > 1:
+            error = ((self.heads_squared - n * mean.square()).clamp_min(0) / (n - 1) / n).sqrt()
+        return Atlas(self.tokens / n, mean, error, n)
+
+
+class FitSums:
     """Running sums over calibration images; memory does not grow with their number."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, criterion: Criterion, combine: Combine, generator: torch.Generator) -> None:
         anatomy = host.anatomy
         square = (anatomy.depth, anatomy.width, anatomy.width)
-        self.host = host
-        self.images = 0
+        self.host, self.criterion, self.combine, self.generator = host, criterion, combine, generator
+        self.images = torch.zeros((), dtype=torch.float64)
         self.moment = torch.zeros(square, dtype=torch.float64)
         self.covariance = torch.zeros(square, dtype=torch.float64)
         self.routers = [Ridge(anatomy.width + anatomy.heads) for _ in range(anatomy.depth)]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums themselves, float64 on the CPU: what another process adds to them counts."""
+        routers = {f"router.{block}": router.moments for block, router in enumerate(self.routers)}
+        return {"images": self.images, "moment": self.moment, "covariance": self.covariance, **routers}
+
+    def add(self, batch: Batch) -> None:
+        """Add what the criterion finds on a batch; JobError when it is not finite."""
+        generators = image_generators(batch.images, self.generator)
+        if self.combine == "merge":
+            found = stream_curvature(self.host, batch, self.criterion, generators)
+            self.add_curvature(batch, found.second_moment, found.strength)
+        else:
+            self.add_curvature(batch, None, sensitivity(self.host, batch, self.criterion, generators).tokens)
 
     def add_curvature(self, batch: Batch, moment: Tensor | None, target: Tensor) -> None:
         """Add a batch: the metric's second moments (or None) and the routers' targets ``[images, depth, patches]``."""
@@ -130,15 +168,17 @@ class _Sums:
             self.routers[block].add(features.cpu(), target[:, block].flatten().clamp_min(floor[block]).log().cpu())
         self.images += len(batch.images)
 
-    def tables(self, combine: Combine, rank: int) -> Tables:
-        """Solve for every block."""
+    def tables(self, rank: int) -> Tables:
+        """Solve for every block; UsageError without images."""
+        if not self.images:
+            raise UsageError("There are no calibration images to fit on; give a folder with images.")
         anatomy = self.host.anatomy
-        patches = self.images * (anatomy.tokens - anatomy.prefix_tokens)
+        patches = int(self.images) * (anatomy.tokens - anatomy.prefix_tokens)
         tensors, explained = {}, []
         for block, router in enumerate(self.routers):
             weights, offset, share = router.solve(RIDGE)
             explained.append(share)
-            if combine == "merge":
+            if self.combine == "merge":
                 metric = self.moment[block] / patches
                 root = metric_root(metric, self.covariance[block] / patches, rank)
                 tensors[f"{block}.root"] = root.float()

@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
-from torch import Tensor
 
 import hesper
 from hesper.curvature import CrossEntropy, DenseKL
-from hesper.data import ImageSet, LoadedBatch, Skipped, batches, check_labels, split
+from hesper.data import ImageSet, Skipped, check_labels, split
 from hesper.errors import UsageError
 from hesper.graft import GraftedViT, graft
 from hesper.heart.budget import Chosen, Trial, check_sample, choose
-from hesper.heart.calibrate import calibration
+from hesper.heart.calibrate import Calibration, calibration
 from hesper.heart.criteria import Criterion
 from hesper.heart.family import SPARSE, STAGES, Counts, Family, Heads, Stages, deciding_blocks
-from hesper.heart.fit import Atlas, Tables, fit_tables, survey
+from hesper.heart.fit import Atlas, FitSums, SurveySums, Tables
+from hesper.heart.passes import Passes, Report, StoredLogits
 from hesper.heart.price import plan_price
 from hesper.hosts.open import OpenModel
-from hesper.measure.evaluate import dense_logits, estimate, evaluate
+from hesper.measure.evaluate import Evaluation, estimate
+from hesper.parallel import Alone, Team
 from hesper.plan import Budget, Combine, Estimate, Plan, Pricing, Provenance, Schedule, check_budget
 from hesper.runs import utc_now
+from hesper.work import KeptNowhere, Work
 
 FIT_SHARE = 0.5
 MOST_FIT_IMAGES = 384
 TUNE_IMAGES = 128
 SURVEY_IMAGES = 64
-
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,18 @@ class Pruned:
     seconds: dict[str, float]
 
 
-def prune(model: OpenModel, images: ImageSet, settings: Settings, report: Report | None = None) -> Pruned:
+def prune(
+    model: OpenModel,
+    images: ImageSet,
+    settings: Settings,
+    report: Report | None = None,
+    team: Team | None = None,
+    work: Work | None = None,
+) -> Pruned:
     """Prune ``model`` within a budget, on calibration ``images`` of which half only verify.
 
-    No weight of the network is trained. ``report`` is told (stage, done, total) as work proceeds.
+    No weight of the network is trained. ``report`` is told (stage, done, total) as work proceeds. Each process of a ``team`` calls
+    this alike and gets the same result; ``work`` keeps what is finished.
 
     Raises:
         UsageError: a budget out of range, too few images for it, or labels missing.
@@ -100,15 +108,16 @@ def prune(model: OpenModel, images: ImageSet, settings: Settings, report: Report
         settings = replace(settings, heads="none")
         if not settings.tokens:
             raise UsageError(f"The heads of {model.ref.name} cannot be removed: its attention output is normalised over all of them.")
-    work = _Work(model, images, settings, report or (lambda stage, done, total: None))
-    return work.run()
+    team = team or Alone()
+    passes = Passes(images, settings.batch_size, team, work or KeptNowhere(), report or (lambda stage, done, total: None))
+    return _Job(model, images, settings, team, passes).run()
 
 
-class _Work:
+class _Job:
     """One pruning job: the model, the split images, and the clock."""
 
-    def __init__(self, model: OpenModel, images: ImageSet, settings: Settings, report: Report) -> None:
-        self.model, self.images, self.settings, self.report = model, images, settings, report
+    def __init__(self, model: OpenModel, images: ImageSet, settings: Settings, team: Team, passes: Passes) -> None:
+        self.model, self.images, self.settings, self.team, self.passes = model, images, settings, team, passes
         if len(images) < 4:
             raise UsageError(f"Pruning needs at least 4 calibration images, and there are {len(images)}; give more.")
         self.fit, self.verify = split(images, (FIT_SHARE, 1 - FIT_SHARE), settings.seed)
@@ -119,42 +128,47 @@ class _Work:
         self.tune = self.fit[:TUNE_IMAGES]
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.seconds: dict[str, float] = {}
-        self.logits: dict[str, list[Tensor]] = {}
-        self.skipped: dict[str, Skipped] = {}
+        self.logits: dict[str, StoredLogits] = {}
 
     def run(self) -> Pruned:
         """Fit, search, verify."""
         settings, host = self.settings, self.model.host
         check_sample(settings.budget, len(self.verify))
         started = time.perf_counter()
-        atlas = survey(host, self._batches("Survey sensitivities", self.fit[:SURVEY_IMAGES], 16), settings.criterion, self.generator)
+        atlas = self._survey()
         started = self._clock("survey", started)
-        tables = Tables({}, ())
-        if settings.tokens:
-            seen = self._batches("Fit metric and router", self.fit)
-            tables = fit_tables(host, seen, settings.criterion, settings.combine, settings.rank, self.generator)
+        tables = self._fit() if settings.tokens else Tables({}, ())
         started = self._clock("fit", started)
         compare = self._trial("compare", tables) if len(self.fit) > len(self.tune) else None
         families, tune, prove = self._families(tables, atlas), self._trial("tune", tables), self._trial("verify", tables)
         chosen = choose(families, settings.budget, tune, prove, compare)
         started = self._clock("search", started)
         grafted = graft(host.module, chosen.plan, tables.tensors)
-        made = replace(chosen.plan.provenance, fit_images=self._readable(self.fit), verify_images=self._readable(self.verify))
+        verify = self.passes.readable(self.verify)
+        made = replace(chosen.plan.provenance, fit_images=len(self.passes.readable(self.fit)), verify_images=len(verify))
         plan = replace(chosen.plan, provenance=made, measured=chosen.measured, points=chosen.points, expected_loss=self._expected(grafted))
         grafted.plan = plan
         self._clock("price", started)
-        verify = tuple(index for index in self.verify if self.images.files[index] not in self.skipped)
-        return Pruned(replace(chosen, plan=plan), grafted, tables, atlas, verify, tuple(self.skipped.values()), self.seconds)
+        skipped = tuple(sorted(self.passes.skipped.values(), key=lambda skip: skip.file))
+        return Pruned(replace(chosen, plan=plan), grafted, tables, atlas, verify, skipped, self.seconds)
 
-    def _readable(self, indices: Sequence[int]) -> int:
-        return sum(self.images.files[index] not in self.skipped for index in indices)
+    def _survey(self) -> Atlas:
+        sums = SurveySums(self.model.host, self.settings.criterion, self.generator)
+        self.passes.accumulate("survey", "Survey sensitivities", self.fit[:SURVEY_IMAGES], sums, 16)
+        return self.team.first(sums.atlas())
+
+    def _fit(self) -> Tables:
+        settings = self.settings
+        sums = FitSums(self.model.host, settings.criterion, settings.combine, self.generator)
+        self.passes.accumulate("fit", "Fit metric and router", self.fit, sums)
+        # Processors of different makes may solve to other last digits, and every process has to search with the same tables.
+        return self.team.first(sums.tables(settings.rank))
 
     def _expected(self, grafted: GraftedViT) -> Estimate:
         """The second-order price of the plan on survey images, at temperature 1 like the drift it is compared with."""
         loss = CrossEntropy() if self.settings.criterion.name == "ce" else DenseKL()
-        seen = self._batches("Price the plan", self.fit[:SURVEY_IMAGES], 8)
-        prices = torch.cat([plan_price(self.model.host, grafted, batch, loss) for batch in seen])
-        return estimate(prices.double().cpu().numpy())
+        survey = self.fit[:SURVEY_IMAGES]
+        return estimate(self.passes.column("Price the plan", survey, 8, lambda batch: plan_price(self.model.host, grafted, batch, loss)))
 
     def _families(self, tables: Tables, atlas: Atlas) -> list[Family]:
         settings, anatomy = self.settings, self.model.ref.anatomy
@@ -168,15 +182,20 @@ class _Work:
         shape = calibration(
             self.model.host.module,
             tables.tensors,
-            lambda: self._batches("Calibrate counts", self.tune[:64]),
+            lambda: self.passes.batches("Calibrate counts", self.tune[:64], shared=False),
             settings.counts,
             settings.schedule,
         )
+        if shape is not None:
+            shape = self._agreed(shape)
         return [
             Family(f"{name}, heads {kind}", self._blank(), stages[name], settings.combine, kind, atlas, shape)
             for name in stages
             for kind in heads
         ]
+
+    def _agreed(self, shape: Calibration) -> Calibration:
+        return lambda plan: self.team.first(shape(plan))
 
     def _blank(self) -> Plan:
         settings = self.settings
@@ -205,25 +224,18 @@ class _Work:
 
         def trial(family: Family) -> Trial:
             if name not in self.logits:
-                self.logits[name] = dense_logits(self.model.host.module, self._batches("Run the dense model", indices))
+                module = self.model.host.module
+                self.logits[name] = self.passes.dense(f"dense-{name}", "Run the dense model", module, indices)
                 if name == "verify":  # unreadable files are only known now
-                    check_sample(self.settings.budget, sum(map(len, self.logits[name])))
-            return lambda plan: evaluate(
-                graft(self.model.host.module, plan, tables.tensors), self.logits[name], self._batches(f"{label}: {family.name}", indices)
-            )
+                    check_sample(self.settings.budget, len(self.passes.readable(indices)))
+
+            def measured(plan: Plan) -> Evaluation:
+                cut = graft(self.model.host.module, plan, tables.tensors)
+                return self.passes.evaluate(name, f"{label}: {family.name}", cut, self.logits[name], indices)
+
+            return measured
 
         return trial
-
-    def _batches(self, stage: str, indices: Sequence[int], size: int | None = None) -> Iterator[LoadedBatch]:
-        """Batches that report progress as they are taken."""
-        done = 0
-        self.report(stage, 0, len(indices))
-        loader = batches(self.images, min(size or self.settings.batch_size, self.settings.batch_size), indices=indices)
-        for batch in loader:
-            yield batch
-            done += len(batch.images)
-            self.report(stage, done, len(indices))
-        self.skipped |= {skip.file: skip for skip in loader.skipped}
 
     def _clock(self, name: str, started: float) -> float:
         now = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,6 +89,21 @@ def estimate(column: Column) -> Estimate:
     return Estimate(float(column.mean()), error, n)
 
 
+@dataclass(frozen=True, eq=False)
+class Share:
+    """What one pass over some of the images found, image by image: columns and tokens as in :class:`Evaluation`.
+
+    ``places`` are the images' positions among all images; without images there are no columns.
+    """
+
+    columns: Mapping[str, Column]
+    tokens: NDArray[np.int64]
+    places: NDArray[np.int64]
+    files: tuple[str, ...]
+    macs_dense: int
+    seconds: float
+
+
 def dense_logits(dense: nn.Module, batches: Iterable[Batch], progress: Progress | None = None) -> list[Tensor]:
     """The dense model's logits batch by batch, for :func:`evaluate` on the same batches as often as needed."""
     out = []
@@ -100,7 +115,6 @@ def dense_logits(dense: nn.Module, batches: Iterable[Batch], progress: Progress 
     return out
 
 
-@torch.inference_mode()
 def evaluate(
     cut: GraftedViT, dense: nn.Module | Sequence[Tensor], batches: Iterable[Batch], progress: Progress | None = None
 ) -> Evaluation:
@@ -113,12 +127,19 @@ def evaluate(
         UsageError: there are no images.
         JobError: a logit is not finite.
     """
+    return join([measure(cut, dense, batches, progress)])
+
+
+@torch.inference_mode()
+def measure(cut: GraftedViT, dense: nn.Module | Sequence[Tensor], batches: Iterable[Batch], progress: Progress | None = None) -> Share:
+    """:func:`evaluate` for a share of the images; :func:`join` makes an evaluation of all shares."""
     columns: dict[str, list[Tensor]] = {}
     tokens: list[NDArray[np.int64]] = []
     files: list[str] = []
+    places: list[int] = []
     seconds = 0.0
     for index, batch in enumerate(batches):
-        expected = dense(batch.images) if isinstance(dense, nn.Module) else dense[index]
+        expected = dense(batch.images) if isinstance(dense, nn.Module) else dense[index].to(batch.images.device)
         _settle(batch.images)
         started = time.perf_counter()
         outcome = cut.run(batch.images)
@@ -129,21 +150,34 @@ def evaluate(
         columns.setdefault("macs", []).append(torch.from_numpy(outcome.macs).double())
         tokens.append(outcome.traffic.fed)
         files += getattr(batch, "files", ())
+        places += getattr(batch, "places", ()) or range(len(places), len(places) + len(batch.images))
         if progress:
             progress(len(batch.images))
-    if not columns:
-        raise UsageError("There are no images to evaluate; give a folder with images.")
     whole = {name: torch.cat(parts).numpy() for name, parts in columns.items()}
-    labelled = {name: whole.get(name) for name in ("top1", "top5", "loss", "dense_top1", "dense_loss")}
+    fed = np.concatenate(tokens) if tokens else np.zeros((0, cut.plan.model.anatomy.depth), np.int64)
+    return Share(whole, fed, np.array(places, np.int64), tuple(files), cut.dense_macs, seconds)
+
+
+def join(shares: Sequence[Share]) -> Evaluation:
+    """The evaluation of all images, in their order, from shares measured apart; UsageError without images.
+
+    The shares' processes work at the same time, so ``seconds`` is the longest share's.
+    """
+    full = [share for share in shares if len(share.places)]
+    if not full:
+        raise UsageError("There are no images to evaluate; give a folder with images.")
+    order = np.argsort(np.concatenate([share.places for share in full]), kind="stable")
+    whole = {name: np.concatenate([share.columns[name] for share in full])[order] for name in full[0].columns}
+    files = [file for share in full for file in share.files]
     return Evaluation(
         drift_kl=whole["drift_kl"],
         agreement=whole["agreement"],
         macs=whole["macs"],
-        tokens=np.concatenate(tokens),
-        macs_dense=cut.dense_macs,
-        **labelled,
-        seconds=seconds,
-        files=tuple(files),
+        tokens=np.concatenate([share.tokens for share in full])[order],
+        macs_dense=full[0].macs_dense,
+        **{name: whole.get(name) for name in ("top1", "top5", "loss", "dense_top1", "dense_loss")},
+        seconds=max(share.seconds for share in full),
+        files=tuple(files[index] for index in order) if files else (),
     )
 
 

@@ -35,6 +35,14 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def folder_of_40(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
+    root = tmp_path_factory.mktemp("forty")
+    for number in range(40):
+        picture(root / f"{number:02}.png", number)
+    return opened(root, labelled=False)
+
+
 def opened(root: Path, *, class_map: tuple[str, ...] | None = None, labelled: bool = True) -> ImageSet:
     return open_folder(root, transform=to_tensor, class_map=class_map, labelled=labelled)
 
@@ -168,7 +176,7 @@ def test_indices_choose_and_order(folder: Path) -> None:
     assert list(batches(opened(folder), 8, indices=())) == []
 
 
-def test_damaged_files_are_named_skipped_and_batches_stay_full(folder: Path) -> None:
+def test_damaged_files_are_named_and_skipped_and_other_batches_stay_as_they_are(folder: Path) -> None:
     whole = folder / "cat" / "1a.jpg"
     Image.effect_noise((64, 64), 50).save(whole)
     whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
@@ -177,11 +185,11 @@ def test_damaged_files_are_named_skipped_and_batches_stay_full(folder: Path) -> 
     (folder / "dog" / "8.png").write_bytes((folder / "dog" / "5.png").read_bytes()[:40])
     run = batches(opened(folder), 4)
     loaded = list(run)
-    assert [len(batch.files) for batch in loaded] == [4, 2]
+    assert [batch.files for batch in loaded] == [("cat/0.png", "cat/1.png"), ("cat/2.png", "dog/3.png", "dog/4.png", "dog/5.png")]
     assert [skip.file for skip in run.skipped] == ["cat/0a.jpg", "cat/1a.jpg", "dog/8.png", "dog/9.png"]
     assert run.skipped[0].reason == "not an image" and "truncated" in run.skipped[1].reason
     assert run.yielded == 6
-    assert loaded[1].labels is not None and loaded[1].labels.tolist() == [1, 1]
+    assert loaded[1].labels is not None and loaded[1].labels.tolist() == [0, 1, 1, 1]
 
 
 def test_no_readable_image_at_all_is_refused(tmp_path: Path) -> None:
@@ -242,15 +250,36 @@ def test_decoding_runs_ahead_by_a_bounded_number_and_stops_on_close(tmp_path: Pa
     assert not any(thread.name.startswith("hesper-decode") for thread in threading.enumerate())
 
 
+@given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 5), st.integers(0, 40))
+def test_shares_make_the_batches_of_one_process(folder_of_40: ImageSet, count: int, size: int, of: int, start: int) -> None:
+    indices = tuple(reversed(range(count)))
+    whole = [batch.files for batch in batches(folder_of_40, size, indices=indices)]
+    shares = [[batch.files for batch in batches(folder_of_40, size, indices=indices, share=(which, of))] for which in range(of)]
+    assert [shares[block % of][block // of] for block in range(len(whole))] == whole
+    later = [batch.places for batch in batches(folder_of_40, size, indices=indices, share=(of - 1, of), start=start)]
+    every = [place for batch in batches(folder_of_40, size, indices=indices, share=(of - 1, of)) for place in batch.places]
+    assert [place for places in later for place in places] == [place for place in every if place >= start]
+
+
 @pytest.mark.parametrize("sizes", [(0, 2), (2, 0)])
 def test_sizes_below_one_are_refused(folder: Path, sizes: tuple[int, int]) -> None:
     with pytest.raises(UsageError, match="must be at least 1"):
         batches(opened(folder), sizes[0], workers=sizes[1])
 
 
+class Nowhere:
+    where, classes = "nowhere", ()
+
+    def read(self, file: str) -> bytes:
+        raise OSError(f"there is no {file}")
+
+
+NOWHERE = Nowhere()
+
+
 def of_length(count: int) -> ImageSet:
     digests = tuple(number.to_bytes(4, "big") for number in range(count))
-    return ImageSet(Path(), tuple(map(str, range(count))), None, (), (), "", to_tensor, digests)
+    return ImageSet(NOWHERE, tuple(map(str, range(count))), None, (), (), "", to_tensor, digests)
 
 
 @given(st.integers(20, 300), st.integers(0, 2**32), st.lists(st.integers(1, 5), min_size=1, max_size=4))

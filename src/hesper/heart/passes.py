@@ -1,0 +1,172 @@
+"""Passes over calibration images: each process takes its share, what is finished is kept, and all learn the result."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hesper.curvature import Batch
+from hesper.data import ImageSet, LoadedBatch, Skipped, batches, require_readable
+from hesper.graft import GraftedViT
+from hesper.measure.evaluate import Evaluation, Share, join, measure
+from hesper.parallel import Team
+from hesper.plan import Plan
+from hesper.work import Kept, Pace, Work
+
+Report = Callable[[str, int, int], None]
+
+
+class Sums(Protocol):
+    """Sums over images, to which batches and other processes add."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums themselves, float64 on the CPU."""
+
+    def add(self, batch: Batch) -> None:
+        """Add a batch."""
+
+
+class Passes:
+    """All passes over one set of images; ``skipped`` holds, by name, the files that could not be decoded in any of them."""
+
+    def __init__(self, images: ImageSet, batch_size: int, team: Team, work: Work, report: Report) -> None:
+        self.images, self.batch_size, self.team, self.work, self.report = images, batch_size, team, work, report
+        self.skipped: dict[str, Skipped] = {}
+
+    def batches(
+        self, stage: str, indices: Sequence[int], size: int | None = None, *, shared: bool = True, start: int = 0
+    ) -> Iterator[LoadedBatch]:
+        """This process's batches (or, not ``shared``, all) from place ``start`` on, reporting progress as they are taken."""
+        share = (self.team.rank, self.team.size) if shared else (0, 1)
+        size = min(size or self.batch_size, self.batch_size)
+        loader = batches(self.images, size, indices=indices, share=share, start=start)
+        done = 0
+        self.report(stage, 0, loader.asked)
+        for batch in loader:
+            self._note(loader.skipped)
+            yield batch
+            done += len(batch.images)
+            self.report(stage, done, loader.asked)
+        self._note(loader.skipped)
+
+    def accumulate(self, name: str, stage: str, indices: Sequence[int], sums: Sums, size: int | None = None) -> None:
+        """Add all images to ``sums``, going on with what is kept under ``name``; afterwards every process has the whole sums."""
+        tensors, start, pace = sums.tensors(), 0, Pace()
+        if (kept := self.work.load(name)) is not None:
+            for key, tensor in tensors.items():
+                tensor.copy_(torch.from_numpy(kept.arrays[key]))
+            start = int(kept.notes["next"])
+            self._note([Skipped(*skip) for skip in kept.notes["skipped"]])
+        for batch in self.batches(stage, indices, size, start=start):
+            sums.add(batch)
+            start = batch.places[-1] + 1
+            if pace.due():
+                with pace.keeping():
+                    self._keep(name, {key: tensor.numpy() for key, tensor in tensors.items()}, next=start)
+        self._keep(name, {key: tensor.numpy() for key, tensor in tensors.items()}, next=len(indices))
+        self.team.sum(tensors.values())
+        self._pool(indices)
+
+    def dense(self, name: str, stage: str, module: nn.Module, indices: Sequence[int]) -> StoredLogits:
+        """The dense model's logits on this process's batches."""
+        kept = self.work.load(name)
+        if kept is not None:
+            self._note([Skipped(*skip) for skip in kept.notes["skipped"]])
+            ends, shape, dtype = kept.notes["ends"], tuple(kept.notes["shape"]), kept.notes["dtype"]
+            rows = self.work.rows(name, shape, dtype, new=False)
+        else:
+            ends, rows = self._dense(name, self.batches(stage, indices), module, self._most(indices))
+            self._keep(name, {}, ends=ends, shape=list(rows.shape), dtype=str(rows.dtype))
+        self._pool(indices)
+        return StoredLogits(rows, ends)
+
+    def evaluate(self, name: str, stage: str, cut: GraftedViT, dense: StoredLogits, indices: Sequence[int]) -> Evaluation:
+        """The evaluation of all images by all processes; kept by what the plan cuts, under ``name``."""
+        name = f"{name}-{_cuts(cut.plan)}"
+        kept = self.work.load(name)
+        if kept is None:
+            share = measure(cut, dense, self.batches(stage, indices))
+            arrays = {**share.columns, "tokens": share.tokens, "places": share.places}
+            self._keep(name, arrays, macs_dense=share.macs_dense, seconds=share.seconds)
+        else:
+            columns = {key: array for key, array in kept.arrays.items() if key not in ("tokens", "places")}
+            places = kept.arrays["places"]
+            files = tuple(self.images.files[indices[place]] for place in places)
+            share = Share(columns, kept.arrays["tokens"], places, files, kept.notes["macs_dense"], kept.notes["seconds"])
+        return join(self.team.every(share))
+
+    def column(self, stage: str, indices: Sequence[int], size: int, value: Callable[[Batch], Tensor]) -> NDArray[np.float64]:
+        """One number for each image, in order: ``value`` gives them for a batch, ``[images]``."""
+        found = [(batch.places, value(batch).double().cpu().numpy()) for batch in self.batches(stage, indices, size)]
+        every = [pair for pairs in self.team.every(found) for pair in pairs]
+        order = np.argsort(np.concatenate([places for places, _ in every]), kind="stable")
+        column: NDArray[np.float64] = np.concatenate([values for _, values in every])[order]
+        return column
+
+    def readable(self, indices: Sequence[int]) -> tuple[int, ...]:
+        """Those of the images that no pass failed to decode."""
+        return tuple(index for index in indices if self.images.files[index] not in self.skipped)
+
+    def _dense(self, name: str, seen: Iterator[LoadedBatch], module: nn.Module, most: int) -> tuple[list[int], NDArray[Any]]:
+        ends: list[int] = []
+        rows: NDArray[Any] = np.empty((0, 0), np.float32)
+        for batch in seen:
+            with torch.inference_mode():
+                logits = module(batch.images).cpu().numpy()
+            start = ends[-1] if ends else 0
+            if not ends:
+                rows = self.work.rows(name, (most, logits.shape[1]), logits.dtype, new=True)
+            rows[start : start + len(logits)] = logits
+            ends.append(start + len(logits))
+        return ends, rows
+
+    def _most(self, indices: Sequence[int]) -> int:
+        """The most images that can be this process's share."""
+        together = self.team.size * self.batch_size
+        return min(len(indices), -(-len(indices) // together) * self.batch_size)
+
+    def _keep(self, name: str, arrays: dict[str, NDArray[Any]], **notes: Any) -> None:
+        skipped = [[skip.file, skip.reason] for skip in self.skipped.values()]
+        self.work.save(name, Kept(arrays, {**notes, "skipped": skipped}))
+
+    def _note(self, skipped: Sequence[Skipped]) -> None:
+        self.skipped |= {skip.file: skip for skip in skipped}
+
+    def _pool(self, indices: Sequence[int]) -> None:
+        """Tell each other what was skipped; UsageError where that is everything."""
+        for skipped in self.team.every(tuple(self.skipped.values())):
+            self._note(skipped)
+        if not self.readable(indices):
+            require_readable(self.images, tuple(self.skipped.values()))
+
+
+class StoredLogits(Sequence[Tensor]):
+    """Logits batch by batch, ``[batch, classes]`` each, from rows that may lie on disk."""
+
+    def __init__(self, rows: NDArray[Any], ends: Sequence[int]) -> None:
+        self.rows, self.ends = rows, ends
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(len(self))[index]]
+        start = self.ends[index - 1] if index else 0
+        return torch.from_numpy(np.array(self.rows[start : self.ends[index]]))  # a copy: the rows on disk may be read-only
+
+
+def _cuts(plan: Plan) -> str:
+    return hashlib.sha256(repr((plan.tokens, plan.heads, plan.skip_unread)).encode()).hexdigest()[:16]

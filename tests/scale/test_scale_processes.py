@@ -1,0 +1,202 @@
+"""Jobs that are killed and go on, and jobs of two processes: really killed, really two."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cli_helpers import NAME, hesper, sentence, write_images
+from hesper.runs import MODEL, RunFolder, open_run
+
+HESPER = (sys.executable, "-m", "hesper.cli")
+# Small batches, so that there are many moments to be killed at.
+SETTINGS = ("--macs", "0.8", "--blocks", "alternate-early", "--draws", "2", "--batch-size", "3", "--rank", "4")
+LONG = 120.0
+
+
+@pytest.fixture(scope="module")
+def calib(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of which one is damaged."""
+    folder = write_images(tmp_path_factory.mktemp("scale") / "calib", 12)
+    (folder / "bee" / "03.png").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def words(weights: Path, calib: Path) -> Callable[[Path], list[str]]:
+    def command(out: Path) -> list[str]:
+        return ["prune", NAME, "--weights", str(weights), "--calib", str(calib), "--out", str(out), "--data", str(calib), *SETTINGS]
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, words: Callable[[Path], list[str]]) -> RunFolder:
+    """The run of one process that nobody disturbed."""
+    out = tmp_path_factory.mktemp("reference") / "run"
+    result = hesper(*words(out))
+    assert result.exit_code == 0, result.stderr
+    return open_run(out)
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that a test starts, none of which outlives it."""
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        process.terminate()  # torchrun passes it on to its own
+    for process in started:
+        try:
+            process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+
+
+def start(processes: list[subprocess.Popen[str]], command: list[str], **environment: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    )
+    processes.append(process)
+    return process
+
+
+def start_two(processes: list[subprocess.Popen[str]], command: list[str], **environment: str) -> list[subprocess.Popen[str]]:
+    """Two processes that know each other, without anybody who watches over them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+    return [start(processes, command, **place, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+
+
+def wait_for(work: Path, pattern: str, process: subprocess.Popen[str]) -> None:
+    """Until something is kept under a name."""
+    deadline = time.monotonic() + LONG
+    while not list(work.glob(pattern)):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.002)
+
+
+def columns(run: RunFolder, entry: int) -> dict[str, Any]:
+    return dict(run.entries[entry].results["per_image"])
+
+
+def same(run: RunFolder, reference: RunFolder, tolerance: float = 0.0) -> None:
+    """Two runs cut the same and found the same on every image, ``tolerance`` apart."""
+    plan, expected = run.plan, reference.plan
+    cuts = [(cut.block, cut.combine, cut.remove) for cut in expected.tokens]
+    assert [(cut.block, cut.combine, cut.remove) for cut in plan.tokens] == cuts and plan.heads == expected.heads and cuts
+    dials = [cut.threshold for cut in expected.tokens]
+    assert [cut.threshold for cut in plan.tokens] == pytest.approx(dials, rel=tolerance, abs=0)
+    assert len(run.entries) == len(reference.entries) == 2
+    for entry in range(2):
+        found, known = columns(run, entry), columns(reference, entry)
+        assert found.keys() == known.keys() and found["files"] == known["files"]
+        for name in ("drift_kl", "macs", "agreement"):
+            assert found[name] == pytest.approx(known[name], rel=tolerance, abs=tolerance * 1e-4), name
+        assert run.entries[entry].results["skipped"] == reference.entries[entry].results["skipped"]
+    for key in ("images", "tokens", "heads", "heads_stderr"):
+        ours, theirs = (np.array(each.entries[0].results["atlas"][key]) for each in (run, reference))
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance)
+    assert tolerance or (run.path / MODEL).read_bytes() == (reference.path / MODEL).read_bytes()
+
+
+def test_a_killed_job_goes_on_to_the_same_result(
+    tmp_path: Path, words: Callable[[Path], list[str]], reference: RunFolder, processes: list[subprocess.Popen[str]]
+) -> None:
+    out, work = tmp_path / "run", tmp_path / ".run.work"
+    for pattern in ("fit.*.safetensors", "tune-*.safetensors"):
+        process = start(processes, [*HESPER, *words(out)])
+        wait_for(work, pattern, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=LONG)
+        assert not out.exists() and list(work.glob(pattern))
+    result = hesper(*words(out))
+    assert result.exit_code == 0, result.stderr
+    assert "Goes on with the work of an earlier process, kept in .run.work." in result.stderr
+    same(open_run(out), reference)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_an_interrupted_job_keeps_its_work_and_another_request_does_not_use_it(
+    tmp_path: Path, words: Callable[[Path], list[str]], processes: list[subprocess.Popen[str]]
+) -> None:
+    out, work = tmp_path / "run", tmp_path / ".run.work"
+    process = start(processes, [*HESPER, *words(out)])
+    wait_for(work, "fit.*.safetensors", process)
+    said = sentence(hesper(*words(out)), 2)
+    assert "another process is making" in said
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=LONG)
+    assert process.returncode == 1 and stdout == ""
+    assert stderr.splitlines()[-1].startswith("hesper: interrupted; run the same command again, and it goes on with what .run.work keeps")
+    assert [path.name for path in tmp_path.iterdir()] == [".run.work"]
+    result = hesper(*words(out), "--seed", 1)
+    assert result.exit_code == 0, result.stderr
+    assert "What .run.work keeps is of another request (seed) and is not used." in result.stderr
+    assert open_run(out).plan.provenance.seed == 1 and [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_two_processes_survive_a_death_and_find_what_one_finds(
+    tmp_path: Path, words: Callable[[Path], list[str]], reference: RunFolder, processes: list[subprocess.Popen[str]]
+) -> None:
+    out, work = tmp_path / "run", tmp_path / ".run.work"
+    first, second = start_two(processes, [*HESPER, *words(out)])
+    wait_for(work, "tune-*.1of2.safetensors", second)
+    second.send_signal(signal.SIGKILL)
+    stdout, stderr = first.communicate(timeout=60)
+    assert first.returncode == 1 and stdout == "" and "Traceback" not in stderr
+    assert "hesper: one of the 2 processes died or fell silent; run the same command again" in stderr.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == [".run.work"]
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = start(processes, [*torchrun, "-m", "hesper.cli", *words(out), "--json"])
+    stdout, stderr = process.communicate(timeout=LONG)
+    assert process.returncode == 0, stderr
+    assert stderr.count("Goes on with the work") == 1 and stderr.count("Skipped 2 files") == 1
+    assert json.loads(stdout)["run"] == str(out)
+    same(open_run(out), reference, tolerance=1e-5)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_two_processes_evaluate_as_one(calib: Path, reference: RunFolder, processes: list[subprocess.Popen[str]]) -> None:
+    command = [*HESPER, "eval", str(reference.path), "--data", str(calib), "--batch-size", "4", "--json"]
+    alone = json.loads(hesper(*command[3:]).stdout)
+    first, second = start_two(processes, command)
+    stdout, stderr = first.communicate(timeout=LONG)
+    assert (first.returncode, second.wait(LONG)) == (0, 0), stderr
+    assert second.communicate() == ("", "")
+    together = json.loads(stdout)
+    assert together.keys() == alone.keys() and together["n"] == alone["n"] == 35
+    assert {**together, "seconds": 0} == {**alone, "seconds": 0}
+    assert len(open_run(reference.path).entries) == len(reference.entries) + 2
+
+
+def test_processes_add_agree_speak_once_and_count_a_silent_one_as_dead(processes: list[subprocess.Popen[str]]) -> None:
+    code = (
+        "import time, torch; from hesper.parallel import leads, team\n"
+        "crew = team(); total = torch.tensor([1.0 + crew.rank, 5.0], dtype=torch.float64); crew.sum([total])\n"
+        "print(total.tolist(), crew.every(crew.rank), crew.first(crew.rank), leads() == (crew.rank == 0))\n"
+        "print(crew.says('this'), flush=True)\n"
+        "time.sleep(60 * crew.rank); crew.every(1)"
+    )
+    first, second = start_two(processes, [sys.executable, "-c", code], HESPER_TIMEOUT="6")
+    stdout, stderr = first.communicate(timeout=LONG / 3)
+    assert first.returncode == 1 and "one of the 2 processes died or fell silent" in stderr
+    second.kill()
+    found = [stdout.splitlines(), second.communicate()[0].splitlines()]
+    assert [lines[0] for lines in found] == ["[3.0, 10.0] [0, 1] 0 True"] * 2
+    assert sorted(lines[1] for lines in found) == ["False", "True"]

@@ -1,0 +1,181 @@
+"""What is kept of a job, and that a pass which goes on adds up to the same sums, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cli_helpers import NAME, QUICK, hesper, write_images
+from hesper.curvature import Batch, image_generators
+from hesper.data import ImageSet, LoadedBatch, open_folder
+from hesper.errors import Interrupted, JobError, UsageError
+from hesper.heart.criteria import Criterion, sensitivity
+from hesper.heart.passes import Passes
+from hesper.parallel import Alone
+from hesper.work import Kept, KeptNowhere, Work, work_beside
+from vits import tiny_batch, tiny_host
+
+REQUEST = {"seed": 0, "images": "abc"}
+
+
+class Total:
+    """The sum of all pixels, which rounds differently in another order; gives up after ``most`` batches."""
+
+    def __init__(self, most: int = 99) -> None:
+        self.most, self.batches = most, 0
+        self.total = torch.zeros(3, dtype=torch.float64)
+        self.images = torch.zeros((), dtype=torch.float64)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"total": self.total, "images": self.images}
+
+    def add(self, batch: Batch) -> None:
+        if self.batches == self.most:
+            raise KeyboardInterrupt
+        self.batches += 1
+        self.total += (batch.images.double() ** 0.37).sum((0, 2, 3))
+        self.images += len(batch.images)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
+    folder = write_images(tmp_path_factory.mktemp("work") / "images", 5)
+    (folder / "bee" / "02.png").write_bytes(b"no picture")
+
+    def transform(image: Image.Image) -> Tensor:
+        return torch.from_numpy(np.asarray(image) / np.float32(255)).permute(2, 0, 1)
+
+    return open_folder(folder, transform=transform, class_map=None, labelled=True)
+
+
+def passes(images: ImageSet, work: Work) -> Passes:
+    return Passes(images, 2, Alone(), work, lambda stage, done, total: None)
+
+
+def test_a_pass_that_goes_on_gives_the_same_bits(tmp_path: Path, images: ImageSet) -> None:
+    whole = Total()
+    passes(images, KeptNowhere()).accumulate("pass", "Pass", range(15), whole)
+    seen = 0
+    for most in (3, 0, 2, 99):
+        part = Total(most)
+        stopped = pytest.raises(Interrupted, match=r"goes on with what \.run\.work keeps")
+        with stopped if most < 99 else contextlib.nullcontext(), work_beside(tmp_path / "run", REQUEST) as work:
+            run = passes(images, work)
+            run.accumulate("pass", "Pass", range(15), part)
+            assert list(run.skipped) == ["bee/02.png"]
+        seen += part.batches
+    assert part.images == whole.images == 14 and torch.equal(part.total, whole.total)
+    # What was done before each stop is not all done again: the first batch of every pass is kept at once.
+    assert seen <= 3 + 0 + 2 + (8 - 2) and list(tmp_path.iterdir()) == []
+
+
+def test_stored_logits_are_those_of_the_model_and_are_not_made_twice(tmp_path: Path, images: ImageSet) -> None:
+    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(12, 5))
+    with pytest.raises(Interrupted), work_beside(tmp_path / "run", REQUEST) as work:
+        made = passes(images, work).dense("dense", "Dense", model, range(15))
+        raise KeyboardInterrupt
+    with work_beside(tmp_path / "run", REQUEST) as work:
+        run = passes(images, work)
+        again = run.dense("dense", "Dense", torch.nn.Identity(), range(15))
+        assert list(run.skipped) == ["bee/02.png"]
+        batches = list(run.batches("Look", range(15)))
+        assert len(made) == len(again) == len(batches) == 8
+        for index, batch in enumerate(batches):
+            assert torch.equal(again[index], made[index]) and torch.equal(again[index], model(batch.images).detach())
+
+
+def keep(out: Path, request: Mapping[str, Any], error: BaseException, notes: list[str] | None = None) -> None:
+    with work_beside(out, request, note=None if notes is None else notes.append) as work:
+        assert work.load("thing") is None
+        work.save("thing", Kept({"x": np.arange(3), "scalar": np.float64(2)}, {"next": 7}))
+        raise error
+
+
+def test_work_is_kept_when_stopped_and_used_for_the_same_request_only(tmp_path: Path) -> None:
+    out, notes = tmp_path / "sub" / "run", list[str]()
+    with pytest.raises(Interrupted):
+        keep(out, REQUEST, KeyboardInterrupt())
+    with work_beside(out, REQUEST, note=notes.append) as work:
+        kept = work.load("thing")
+        assert (
+            kept is not None and kept.arrays["x"].tolist() == [0, 1, 2] and kept.arrays["scalar"].shape == () and kept.notes == {"next": 7}
+        )
+    assert notes == ["Goes on with the work of an earlier process, kept in .run.work."]
+    assert list((tmp_path / "sub").iterdir()) == []
+    with pytest.raises(Interrupted):
+        keep(out, REQUEST, Interrupted("a process died"))
+    with pytest.raises(JobError, match="no plan"):
+        keep(out, {**REQUEST, "seed": 1}, JobError("no plan"), notes)
+    assert notes[1:] == ["What .run.work keeps is of another request (seed) and is not used."]
+    assert list((tmp_path / "sub").iterdir()) == []
+
+
+def test_work_of_another_number_of_processes_is_not_used(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        keep(tmp_path / "run", REQUEST, KeyboardInterrupt())
+    notes: list[str] = []
+    with work_beside(tmp_path / "run", REQUEST, rank=0, size=2, note=notes.append) as work:
+        assert work.load("thing") is None
+    assert notes == ["What .run.work keeps is of another request (number of processes) and is not used."]
+
+
+def test_no_pass_holds_more_than_a_few_batches(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    most, made = 0, 0
+
+    def count(images: Tensor, *rest: Any) -> LoadedBatch:
+        nonlocal most, made
+        alive[:] = [each for each in alive if each() is not None]
+        alive.append(weakref.ref(images))
+        most, made = max(most, len(alive)), made + 1
+        return LoadedBatch(images, *rest)
+
+    monkeypatch.setattr("hesper.data.loading.LoadedBatch", count)
+    calib = write_images(tmp_path / "calib", 12)
+    words = ("--weights", weights, "--calib", calib, "--macs", 0.8, "--data", calib, *QUICK, "--batch-size", 2, "--heads", "static")
+    result = hesper("prune", NAME, *words, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.stderr
+    assert made > 100 and most <= 3
+
+
+def test_a_damaged_file_is_done_again_and_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        keep(tmp_path / "run", REQUEST, KeyboardInterrupt())
+    (tmp_path / ".run.work" / "thing.0of1.safetensors").write_bytes(b"half")
+    (tmp_path / ".run.0123abcd.partial").mkdir()
+    with work_beside(tmp_path / "run", REQUEST) as work:
+        assert work.load("thing") is None
+        assert [path.name for path in tmp_path.iterdir()] == [".run.work"]
+
+
+def test_results_that_exist_or_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    for out in (tmp_path / "run", tmp_path / "run" / "below"):
+        with pytest.raises(UsageError, match="exists already|cannot be made"), work_beside(out, REQUEST):
+            pass
+    other = work_beside(tmp_path / "new", REQUEST)
+    with work_beside(tmp_path / "new", REQUEST), pytest.raises(UsageError, match="another process is making"), other:
+        pass
+
+
+@pytest.mark.parametrize("name", ["kl", "ce", "heart"])
+def test_what_an_image_draws_depends_on_the_image_alone(name: str) -> None:
+    host, batch, seed = tiny_host(), tiny_batch(4), torch.Generator().manual_seed(3)
+
+    def prices(rows: list[int]) -> Tensor:
+        part = type(batch)(batch.images[rows], None if batch.labels is None else batch.labels[rows])
+        return sensitivity(host, part, Criterion(name, 4.0, 2), image_generators(part.images, seed)).tokens
+
+    together = prices([0, 1, 2, 3])
+    torch.testing.assert_close(prices([3, 1]), together[[3, 1]], rtol=1e-9, atol=1e-12)
+    seed.manual_seed(4)
+    assert not torch.allclose(prices([3, 1]), together[[3, 1]])
