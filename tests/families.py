@@ -68,15 +68,15 @@ HF: dict[str, tuple[str, str, dict[str, Any]]] = {
 FAMILIES = [*TIMM, *HF]
 
 
-def family(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A tiny model with weights large enough for attention to be far from uniform."""
+def family(kind: str, dtype: torch.dtype = torch.float32, **more: Any) -> nn.Module:
+    """A tiny model with weights large enough for attention to be far from uniform; ``more`` for timm's models."""
     torch.manual_seed(0)
     if kind in HF:
         config, model, options = HF[kind]
         module: Any = getattr(transformers, model)(getattr(transformers, config)(**HF_SHAPE, **options))
     else:
         make, options = TIMM[kind]
-        module = make(**{**SHAPE, "mlp_ratio": 2, **options})
+        module = make(**{**SHAPE, "mlp_ratio": 2, **options, **more})
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)

@@ -105,6 +105,18 @@ def test_the_halves_compose_to_the_host_bit_for_bit(kind: str) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.no_grad()
+def test_the_order_of_a_checkerboard_is_lost_on_the_host(kind: str) -> None:
+    """On a grid of even width tokens run in another order than they are read in; where none leaves, nothing shows of it."""
+    model: Any = family(kind, DOUBLE, **({} if kind in HF else {"img_size": (32, 32)}))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
+    cut = graft(model, plan_for(model, cuts_of("merge", [0, 2], threshold=0.0)), tables(model))
+    assert cut.order is not None and not torch.equal(cut.order, torch.arange(16))
+    torch.testing.assert_close(cut(images), logits_of(model, images), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(cut.forward_features(images), features_of(model, images), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("how", [{"remove": 2}, {"threshold": 0.6}], ids=["fixed", "adaptive"])
 @pytest.mark.parametrize(("criterion", "combine"), [("tome", "merge"), ("random", "drop")])
 @pytest.mark.parametrize("kind", FAMILIES)
