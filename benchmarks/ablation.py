@@ -1,6 +1,6 @@
 """What each choice is worth: adaptive against fixed counts, merging against dropping, schedules, rounds, heads, and sets of blocks.
 
-    python benchmarks/ablation.py --data DATA --book benchmarks/results/ablation.jsonl [--rows "adaptive,fixed"]
+    python benchmarks/ablation.py --data DATA --book benchmarks/results/ablation.jsonl [--rows "base,fixed"]
 
 One choice is changed at a time. All rows of a model are at equal cost: the dial is placed so that the mean MACs on images spread over
 the validation set, deciding included, meet the target; nothing else is chosen on those images. Resumable: what the book holds is
@@ -16,18 +16,19 @@ import torch
 from common import Book, Place, arguments, say
 from criteria import BATCH, GAMMA, PROBE, RANK, ROUNDS, kept_on, line, place_dial
 
-from hesper.data import batches
+from hesper.data import batches, split
 from hesper.graft import graft
 from hesper.heart.calibrate import calibration
 from hesper.heart.criteria import Criterion
 from hesper.heart.family import STAGES, Counts, Family, Heads, Stages, deciding_blocks
 from hesper.heart.fit import Atlas, Tables, fit_tables, survey
+from hesper.heart.prune import FIT_SHARE, MOST_FIT_IMAGES
 from hesper.hosts.open import OpenModel
 from hesper.measure.evaluate import dense_logits, evaluate
 from hesper.plan import Combine, Pricing, Schedule, empty_plan
 
 TARGETS = (0.66, 0.5)
-FIT, SURVEY, CALIBRATE = 384, 64, 64
+SURVEY, CALIBRATE = 64, 64
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ ROWS = {
     "1 round": replace(BASE, rounds=1),
     "3 rounds": replace(BASE, rounds=3),
     **{f"blocks {name}": replace(BASE, blocks=name) for name in STAGES if name != BASE.blocks},
-    "blocks every, 1 round": replace(BASE, blocks="every", rounds=1),
+    "blocks every and 1 round": replace(BASE, blocks="every", rounds=1),
 }
 
 
@@ -74,6 +75,8 @@ def family(model: OpenModel, choice: Choice, tables: Tables, atlas: Atlas, image
 def main() -> None:
     options = arguments(__doc__.splitlines()[0], book="ablation.jsonl", rows="")
     rows = options.rows.split(",") if options.rows else list(ROWS)
+    if unknown := [row for row in rows if row not in ROWS]:
+        raise SystemExit(f"There is no row {unknown[0]!r}; choose of {', '.join(ROWS)}.")
     book, place = Book(Path(options.book)), Place(options.data)
     for key in options.models:
         if all(f"{key} | {row} | {target}" in book for row in rows for target in TARGETS):
@@ -82,7 +85,7 @@ def main() -> None:
         val, calib = place.images("val", model), place.images("calib", model)
         probe = list(batches(val, BATCH, indices=range(0, len(val), max(1, len(val) // PROBE))))
         dense = dense_logits(model.host.module, batches(val, BATCH))
-        spread = range(0, len(calib), max(1, len(calib) // FIT))
+        spread = split(calib, (FIT_SHARE, 1 - FIT_SHARE), 0)[0][:MOST_FIT_IMAGES]
         shaping = list(batches(calib, BATCH, indices=spread[:CALIBRATE]))
         tables: dict[Combine, Tables] = {}
         atlas = survey(model.host, batches(calib, 16, indices=spread[:SURVEY]), Criterion("kl"), torch.Generator().manual_seed(0))

@@ -28,9 +28,9 @@ from hesper.graft import GraftedViT
 from hesper.heart.budget import Trial, choose
 from hesper.heart.family import Family
 from hesper.heart.fit import Atlas
-from hesper.heart.prune import FIT_SHARE, TUNE_IMAGES
+from hesper.heart.prune import FIT_SHARE, MOST_FIT_IMAGES, TUNE_IMAGES
 from hesper.measure.evaluate import Evaluation, dense_logits, evaluate
-from hesper.plan import Budget, Plan
+from hesper.plan import Budget, Plan, plan_hash
 from hesper.runs import open_run
 
 STEPS_BELOW, STEPS_ABOVE = 20, 6  # quarter powers of two around the run's own dial
@@ -74,14 +74,18 @@ def measure(run: Path, place: Place, keep: Path) -> Population:
     """The population of a run, measured once."""
     plan = open_run(run).plan
     assert plan.dial is not None
-    file = keep / f"{plan.model.name}-{plan.budget.value:g}.npz"
+    file = keep / f"{plan_hash(plan)}.npz"
     steps = np.arange(-STEPS_BELOW, STEPS_ABOVE + 1) / 4
     found = dict(np.load(file)) if file.exists() else {}
     cut = hesper.load(run)
     if len(found) < len(steps):
         model = place.model(next(key for key, (name, _) in MODELS.items() if name == plan.model.name))
         calib, val = place.images("calib", model), place.images("val", model)
-        _, verify = split(calib, (FIT_SHARE, 1 - FIT_SHARE), plan.provenance.seed)
+        if calib.sha256 != plan.provenance.data_sha256:
+            raise SystemExit(f"{run} was made with other calibration images than those of --data, so it may have been fitted on these.")
+        fit, rest = split(calib, (FIT_SHARE, 1 - FIT_SHARE), plan.provenance.seed)
+        fitted = {calib.digests[index] for index in fit[:MOST_FIT_IMAGES]}
+        verify = [index for index in rest if calib.digests[index] not in fitted]
         seen = [lambda: batches(calib, 32, indices=verify), lambda: batches(val, 32)]
         dense = [dense_logits(model.host.module, parts()) for parts in seen]
         for step in steps:
@@ -90,7 +94,8 @@ def measure(run: Path, place: Place, keep: Path) -> Population:
             turn(cut, plan.dial * 2**step)
             parts = [evaluate(cut, logits, images()) for logits, images in zip(dense, seen, strict=True)]
             found[f"{step:g}"] = np.concatenate([np.stack([part.drift_kl, part.agreement, part.macs]) for part in parts], 1)
-            np.savez_compressed(file, **found)
+            np.savez_compressed(partial := file.with_suffix(".partial.npz"), **found)
+            partial.replace(file)
             say(f"{plan.model.name} {step:+g}: {found[f'{step:g}'].mean(1)}")
     every = np.stack([found[f"{step:g}"] for step in steps])
     return Population(plan.dial * 2**steps, every[:, 0], every[:, 1], every[:, 2], cut.dense_macs)
@@ -136,12 +141,13 @@ def main() -> None:
         plan, population = open_run(run).plan, measure(run, place, options.keep)
         for budget in BUDGETS:
             for n in SAMPLES:
-                key = f"{plan.model.name} | {plan.budget.value:g} | {budget.kind} {budget.value:g} | {budget.confidence:g} | {n}"
+                key = f"{plan.model.name} | {plan_hash(plan)[:12]} | {budget.kind} {budget.value:g} | {budget.confidence:g} | {n}"
                 if key not in book:
                     book.add(key, coverage(population, plan, budget, n, options.splits))
                 row = book.rows[key]
-                rate = row["broken"] / max(row["promises"], 1)
-                say(f"{key}: {row['promises']} promises, broken {rate:.3f} (allowed {1 - budget.confidence:.2f}), MACs {row['macs']:.3f}")
+                of_all, of_made = row["broken"] / row["splits"], row["broken"] / max(row["promises"], 1)
+                rates = f"broken {of_all:.3f} of all, {of_made:.3f} of those made (allowed {1 - budget.confidence:.2f})"
+                say(f"{key}: {row['promises']} of {row['splits']} samples gave a promise; {rates}; MACs {row['macs']:.3f}")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,9 @@ def prune(
     images = _images(calib, opened, class_map, settings.criterion.needs_labels)
     # Opened before the work begins, so that a wrong folder is found out now and not at the end.
     judged = None if data is None else _images(data, opened, class_map, labelled)
-    with work_beside(out, _request(opened, images, settings, device), rank=crew.rank, size=crew.size, note=note) as work:
+    with work_beside(
+        out, _request(opened, images, settings, device), rank=crew.rank, size=crew.size, meet=lambda: crew.first(None), note=note
+    ) as work:
         moved = dataclasses.replace(images, device=device)
         pruned = prune_model(_on(opened, device), moved, settings, progress, crew, work)
         cut = pruned.model.cpu()

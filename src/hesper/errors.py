@@ -33,3 +33,7 @@ class JobError(HesperError):
 
 class Interrupted(JobError):
     """The job was stopped from outside, and the same request, made again, goes on with what is finished."""
+
+
+class Unverified(UserWarning):
+    """Something runs where nothing was measured on images that fitted nothing."""

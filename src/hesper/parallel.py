@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import math
 import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -21,6 +22,7 @@ __all__ = ["TIMEOUT", "Alone", "Team", "leads", "team"]
 
 TIMEOUT = "HESPER_TIMEOUT"
 _SECONDS = 1800.0  # one process may still be at work on its share while the others wait
+_LONGEST = 1e8
 _CONNECT = datetime.timedelta(seconds=300)
 
 T = TypeVar("T")
@@ -111,7 +113,7 @@ class _Gang:
             yield
         except RuntimeError as error:
             raise Interrupted(
-                f"one of the {self.size} processes died or fell silent; run the same command again, and it goes on where it stopped"
+                f"one of the {self.size} processes died or fell silent; run the same command again (what prune has finished is kept)"
             ) from error
 
 
@@ -149,6 +151,9 @@ def _many() -> bool:
 def _timeout() -> float:
     text = os.environ.get(TIMEOUT, "")
     try:
-        return float(text) if text else _SECONDS
-    except ValueError as error:
-        raise UsageError(f"{TIMEOUT} is {text!r}; give the seconds after which a silent process counts as dead") from error
+        seconds = float(text) if text else _SECONDS
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < _LONGEST:
+        raise UsageError(f"{TIMEOUT} is {text!r}; give the seconds, above 0, after which a silent process counts as dead")
+    return seconds

@@ -122,20 +122,31 @@ class _Folder:
 
 @contextlib.contextmanager
 def work_beside(
-    out: str | Path, request: Mapping[str, Any], *, rank: int = 0, size: int = 1, note: Callable[[str], None] | None = None
+    out: str | Path,
+    request: Mapping[str, Any],
+    *,
+    rank: int = 0,
+    size: int = 1,
+    meet: Callable[[], object] = lambda: None,
+    note: Callable[[str], None] | None = None,
 ) -> Iterator[Work]:
     """The work folder of the result ``out``, with what an earlier process kept for the same ``request`` (names to plain values).
 
     It is removed when the job is done, or fails in a way that trying again would not mend; it stays when the job is stopped. Work
-    for another request is removed, and ``note`` is told. UsageError when ``out`` exists or cannot be written, or is being made by
+    for another request is removed, and ``note`` is told. Of several processes rank 0 takes the folder and removes it; ``meet``
+    brings them together in between. UsageError when ``out`` exists or cannot be written, or is being made by
     another process; Interrupted in place of KeyboardInterrupt where something is kept.
     """
     target = Path(os.path.abspath(out))
     if os.path.lexists(target):
         raise UsageError(f"{out} exists already; give --out a new folder or remove the old one")
     path = target.with_name(f".{target.name}.work")
+    if rank != 0:
+        meet()  # the folder is rank 0's to take: what is in it may be another job's until then
     made = _make(path)
     with _locked(path / "lock", rank, out):
+        if rank == 0:
+            meet()
         work = _Folder(path, f"{rank}of{size}")
         if rank == 0:  # a process killed while it wrote the result left this
             for partial in target.parent.glob(f".{target.name}.*.partial"):
@@ -145,12 +156,15 @@ def work_beside(
             yield work
         except BaseException as error:
             # Trying again would not mend these; on a full disk, what is kept may be what fills it.
-            if not work.kept() or (isinstance(error, (HesperError, OSError)) and not isinstance(error, Interrupted)):
+            if rank != 0:
+                pass  # the others may still keep something
+            elif not work.kept() or (isinstance(error, (HesperError, OSError)) and not isinstance(error, Interrupted)):
                 _remove(path, made)
             elif isinstance(error, KeyboardInterrupt):
                 raise Interrupted(f"interrupted; run the same command again, and it goes on with what {path.name} keeps") from error
             raise
-        _remove(path, [])
+        if rank == 0:
+            _remove(path, [])
 
 
 def _begin(work: _Folder, request: Mapping[str, Any], note: Callable[[str], None]) -> None:

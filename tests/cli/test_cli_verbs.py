@@ -56,6 +56,25 @@ def test_eval_of_a_run_prints_the_contract_and_records_it(tmp_path: Path, pruned
     assert len(open_run(run).entries) == len(open_run(pruned[0]).entries) + 1
 
 
+def test_the_dial_can_be_turned_for_an_evaluation(tmp_path: Path, pruned: tuple[Path, Result], images: Path, weights: Path) -> None:
+    run = shutil.copytree(pruned[0], tmp_path / "run")
+    dial = open_run(run).plan.dial
+    assert dial is not None
+    mild, own, far = (hesper("eval", run, "--data", images, "--dial", dial * share, "--json") for share in (0.2, 1, 1e9))
+    assert mild.exit_code == own.exit_code == far.exit_code == 0
+    kept = [json.loads(result.stdout)["macs_ratio"] for result in (mild, own, far)]
+    assert kept[0] > kept[1] > kept[2]
+    assert kept[1] == json.loads(hesper("eval", run, "--data", images, "--json").stdout)["macs_ratio"]
+    assert far.stderr.startswith("hesper: The plan was verified from ") and "Warning" not in far.stderr and not mild.stderr
+    assert [entry.asked.get("dial") for entry in open_run(run).entries[-4:]] == [dial * 0.2, dial, dial * 1e9, None]
+    for target, words, message in (
+        (run, ("--dial", "-1"), "a price in nats, 0 or more"),
+        (NAME, ("--weights", weights, "--dial", "1"), "is a dense model and has no dial"),
+    ):
+        result = hesper("eval", target, "--data", images, *words)
+        assert result.exit_code == 2 and message in result.stderr
+
+
 def test_an_evaluation_that_cannot_be_recorded_says_what_it_found(
     tmp_path: Path, pruned: tuple[Path, Result], images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

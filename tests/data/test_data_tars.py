@@ -115,6 +115,13 @@ def test_a_shard_cut_short_is_refused_and_damaged_images_are_skipped(tmp_path: P
     (tmp_path / "short.tar").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UsageError, match="short.tar is not a whole tar file"):
         opened(tmp_path / "short.tar")
+    with tarfile.open(packed / "calib-0001.tar") as tar:
+        second = tar.getmembers()[1].offset
+    torn = whole[:second] + b"\xff" * tarfile.BLOCKSIZE + whole[second + tarfile.BLOCKSIZE :]
+    for damaged in (whole[:second], whole[: second + 100], torn):  # tarfile takes each of these for the end
+        (tmp_path / "short.tar").write_bytes(damaged)
+        with pytest.raises(UsageError, match=f"short.tar is not a whole tar file .*at byte {second}"):
+            opened(tmp_path / "short.tar")
     images = opened(pack(tmp_path / "odd.tar", {"a.png": png(1), "b.png": b"no picture", "c.png": png(3), "c.jpg": png(4)}))
     run = batches(images, 8)
     assert [batch.files for batch in run] == [("odd.tar/a.png", "odd.tar/c.png")]
@@ -127,3 +134,8 @@ def test_eval_takes_shards_and_gives_the_figures_of_the_folder(folder: Path, pac
     first, second = (json.loads(result.stdout) for result in found)
     assert {**first, "seconds": 0} == {**second, "seconds": 0} and first["n"] == 12
     assert "no shard" in sentence(hesper("eval", NAME, "--weights", weights, "--data", packed / "calib-9.tar"), 2)
+
+
+def test_a_companion_of_an_image_is_not_taken_for_it(tmp_path: Path) -> None:
+    images = opened(pack(tmp_path / "depth.tar", {"a.depth.png": png(1), "a.jpg": png(2), "a.cls": b"3"}))
+    assert images.files == ("depth.tar/a.jpg",) and not images.skipped

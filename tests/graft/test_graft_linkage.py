@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hesper.graft.decision import Decision, grouped_mean, mean_length
 from hesper.graft.layout import Layout
-from hesper.graft.linkage import Points, link
+from hesper.graft.linkage import Points, link, most_removed
 from hesper.plan import TokenCut
 
 PREFIX = 1
@@ -108,7 +108,16 @@ def test_merged_tokens_have_the_mean_length_and_the_direction_of_the_mean() -> N
         torch.testing.assert_close(torch.nn.functional.normalize(out[place], dim=0), torch.nn.functional.normalize(mean[place], dim=0))
 
 
-def test_opposite_tokens_merge_to_nothing_rather_than_to_infinity() -> None:
-    x, one = torch.tensor([[1.0, -2.0], [-1.0, 2.0]]), torch.ones(2)
+@pytest.mark.parametrize("length", [1e-30, 1.0, 100.0, 1e15])
+def test_opposite_tokens_merge_to_nothing_rather_than_to_infinity(length: float) -> None:
+    x, one = torch.tensor([[1.0, -2.0], [-1.0, 2.0]]) * length, torch.ones(2)
     decision = Decision(2, torch.tensor([1]), torch.tensor([0]), (1,))
     assert mean_length(x, one, decision, *grouped_mean(x, one, decision)).tolist() == [[0.0, 0.0]]
+
+
+@given(streams(), st.integers(1, 4))
+def test_the_most_that_equal_shares_can_remove_goes(points: Points, rounds: int) -> None:
+    fewest = min(points.layout.counts) - PREFIX
+    for remove in range(most_removed(fewest, rounds) + 1):
+        decision = link(points, TokenCut(0, "merge", remove=remove), rounds)
+        assert [count - left for count, left in zip(points.layout.counts, decision.left, strict=True)] == [remove] * len(decision.left)

@@ -360,3 +360,10 @@ def test_tables_and_images_that_do_not_fit_are_refused() -> None:
     for wrong in (torch.zeros(1, 3, 32, 32), torch.zeros(3, 32, 24), torch.zeros(0, 3, 32, 24)):
         with pytest.raises(UsageError, match="images of 32 x 24 pixels"):
             cut(wrong)
+
+
+def test_everything_lies_where_the_host_does() -> None:
+    model = vit(img_size=(32, 32)).to("meta")
+    cut = graft(model, plan_for(model, cuts_of("merge", [0], remove=2)), tables(vit(img_size=(32, 32))))
+    assert cut.order is not None
+    assert {part.device.type for part in (*cut.parameters(), *cut.buffers())} == {"meta"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from hesper.cli.options import (
     with_weights,
 )
 from hesper.cli.progress import Stages
+from hesper.errors import Unverified
 from hesper.parallel import leads
 
 __all__ = ["evaluate", "table"]
@@ -67,20 +69,27 @@ def evaluate(
         stages("Open model and images", 0, 0)
         from hesper import api
 
-        result = api.evaluate(
-            target,
-            data=data,
-            weights=weights,
-            class_map=class_map,
-            labelled=labels,
-            dial=dial,
-            batch_size=batch_size,
-            device=device,
-            progress=stages,
-            skipped=lambda files: skipped.extend((file.file, file.reason) for file in files),
-        )
-    if not leads():
-        return
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", Unverified)
+            result = api.evaluate(
+                target,
+                data=data,
+                weights=weights,
+                class_map=class_map,
+                labelled=labels,
+                dial=dial,
+                batch_size=batch_size,
+                device=device,
+                progress=stages,
+                skipped=lambda files: skipped.extend((file.file, file.reason) for file in files),
+            )
+        if not leads():
+            return
+    for warning in said:
+        if issubclass(warning.category, Unverified):
+            click.echo(f"hesper: {warning.message}", err=True)
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     print_skipped(skipped)
     figures = result.summary()
     click.echo(as_json({**figures, "skipped": len(skipped)}) if json_ else table(figures))

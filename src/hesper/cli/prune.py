@@ -90,7 +90,7 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
     type=click.Choice(["auto", "every", "every-early", "alternate", "alternate-middle", "alternate-early", "third-middle"]),
     default="auto",
     show_default=True,
-    help="Which blocks let tokens go: every, every other or every third one; to 5/6 of the depth, early or middle. auto measures all.",
+    help="Which blocks let tokens go: every, every other or every third one; to 5/6 of the depth, early or middle. auto measures.",
 )
 @click.option("--rank", type=click.IntRange(1), default=24, show_default=True, metavar="R", help="Dimensions of the curvature metric.")
 @click.option("--gamma", type=float, default=0.35, show_default=True, metavar="G", help="Power of the token curvature.")

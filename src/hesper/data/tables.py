@@ -69,6 +69,9 @@ def open_table(where: str | Path, *, transform: Transform, class_map: Sequence[s
     if label is not None and labelled is not False:
         values = table.select_columns([label])[label]
         found = [values[int(file.removeprefix("row "))] for file in digests]
+        odd = next((value for value in found if value is None or (names and not 0 <= value < len(names))), 0)
+        if odd != 0:
+            raise UsageError(f"{name} has the label {odd}, which stands for none of its classes; give a split with labels, or --no-labels")
         by_name = names and class_map is not None and set(names) & set(class_map)
         known, classes, numbered = labels_of([names[value] for value in found] if by_name else found, class_map, name)
         classes = classes if class_map is not None or not names else names

@@ -117,7 +117,10 @@ def open_tars(
 
 
 def _in_folder(folder: Path) -> tuple[Path, ...] | None:
-    names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+    except OSError:  # said by whoever lists its images
+        return None
     tars = [name for name in names if name.endswith(".tar")]
     if not tars or any(Path(name).suffix.lower() in IMAGE_SUFFIXES or (folder / name).is_dir() for name in names):
         return None
@@ -146,6 +149,11 @@ def _members(path: Path) -> Iterator[tuple[str, _Place]]:
                 vars(tar)["members"] = []  # the archive would remember every header
                 if member.isreg() and not member.issparse():
                     yield member.name, _Place(path, member.offset_data, member.size)
+            end = tar.offset
+        with path.open("rb") as file:  # a damaged header looks like the end to tarfile; the true end is a block of zeros
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"it breaks off or is damaged at byte {end}")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UsageError(f"{path} is not a whole tar file ({reason(error)}); copy or pack it again") from error
 
@@ -156,9 +164,8 @@ def _sort_in(name: str, place: _Place, places: dict[str, _Place], samples: dict[
     key, _, suffixes = member.name.partition(".")
     if not key:
         return
-    suffix = member.suffix.lower()
     sample = samples.setdefault(str(member.with_name(key)), _Sample())
-    if suffix in IMAGE_SUFFIXES:
+    if f".{suffixes.lower()}" in IMAGE_SUFFIXES:  # a companion such as 0000.depth.png is no image of its sample
         if sample.image:
             skipped.append(Skipped(name, "a second image of its sample"))
             return

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hesper.errors import UsageError
 from hesper.graft.deciders import CurvatureMerge, KeyMerge, RandomScore, ReaderAttention, RoutedSensitivity, ScoredCut
+from hesper.graft.linkage import most_removed
 from hesper.graft.model import GraftedViT
 from hesper.hosts import Host, open_host
 from hesper.plan import Plan, TokenCut, validate
@@ -47,7 +48,7 @@ def graft(module: nn.Module, plan: Plan, tables: Mapping[str, Tensor] | None = N
         host.blocks[cut.block].remove_heads(cut.remove)
     like = next(host.module.parameters())
     deciders = {cut.block: _decider(cut, plan, tables or {}).to(like.device, like.dtype) for cut in plan.tokens}
-    return GraftedViT(host, plan, deciders).eval()
+    return GraftedViT(host, plan, deciders).to(like.device).eval()
 
 
 def _check_plan(plan: Plan, host: Host) -> None:
@@ -61,7 +62,8 @@ def _check_plan(plan: Plan, host: Host) -> None:
         if cut.remove is None or (plan.skip_unread and cut.block == anatomy.depth - 1):
             continue
         alternate = cut.combine == "merge" and _criterion(plan) in (*CURVATURE, "tome")
-        most = left // 2 if alternate else left - 1
+        rounds = plan.pricing.rounds if plan.pricing is not None and _criterion(plan) in CURVATURE else 1
+        most = most_removed(left, rounds) if alternate else left - 1
         if cut.remove > most:
             kind = "merging alternate tokens" if alternate else "a cut"
             raise UsageError(f"The cut of block {cut.block} removes {cut.remove} of {left} patches, but {kind} removes at most {most}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -117,7 +117,7 @@ class CurvatureMerge(nn.Module):
 
     def forward(self, state: State) -> Decision:
         """The decision for a batch."""
-        return link(self.points(state), self.cut, self.rounds)
+        return replace(link(self.points(state), self.cut, self.rounds), keeps_length=self.keeps_length)
 
     def macs(self, entered: Counts, prefix: int) -> Counts:
         """MACs spent on deciding: metric and router for every row, distances of sources to destinations, moving what merged early."""

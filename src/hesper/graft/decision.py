@@ -100,5 +100,11 @@ def mean_length(values: Tensor, size: Tensor, decision: Decision, mean: Tensor, 
     short = mean.index_select(0, hit)
     length = values.index_select(0, home).norm(dim=1) * size.index_select(0, home)
     length = length.index_add(0, group, values.index_select(0, gone).norm(dim=1) * size.index_select(0, gone))
-    factor = length / total.index_select(0, hit) / short.norm(dim=1).clamp_min(torch.finfo(short.dtype).tiny)
-    return mean.index_copy_(0, hit, short * factor[:, None])
+    length = length / total.index_select(0, hit)
+    # Where members cancel, what is left of them is rounding and has no direction to be stretched along.
+    return mean.index_copy_(0, hit, short * (length / torch.maximum(short.norm(dim=1), _least(length)))[:, None])
+
+
+def _least(length: Tensor) -> Tensor:
+    """The shortest mean that still has a direction, for members of mean ``length``."""
+    return (length * torch.finfo(length.dtype).eps).clamp_min(torch.finfo(length.dtype).tiny)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -48,10 +48,10 @@ def link(points: Points, cut: TokenCut, rounds: int) -> Decision:
     for number in range(rounds):
         price, to = points.prices()
         layout = points.layout
-        go = cheapest(price, threshold=cut.threshold, remove=_share(cut.remove, number, rounds))
+        go = cheapest(price, threshold=cut.threshold, remove=None if cut.remove is None else share(cut.remove, number, rounds))
         if layout.gaps is not None:
             go &= layout.valid[:, 1::2]
-        decision = replace(paired(go, to, layout, first=1, step=2), keeps_length=True)
+        decision = paired(go, to, layout, first=1, step=2)
         whole = decision if whole is None else whole.then(decision)
         if not len(decision.gone):
             break
@@ -74,6 +74,19 @@ def paired(go: Tensor, to: Tensor | None, layout: Layout, first: int = 0, step: 
     return Decision(layout.rows, gone, None if to is None else start + to[image, candidate], left, (layout.counts,))
 
 
-def _share(remove: int | None, number: int, rounds: int) -> int | None:
-    """How many of ``remove`` tokens go in round ``number``, the earlier rounds taking what does not divide."""
-    return None if remove is None else remove // rounds + (number < remove % rounds)
+def share(remove: int, number: int, rounds: int) -> int:
+    """How many of ``remove`` tokens go in round ``number``, the earlier rounds taking what does not divide.
+
+    >>> [share(7, number, 3) for number in range(3)]
+    [3, 2, 2]
+    """
+    return remove // rounds + (number < remove % rounds)
+
+
+def most_removed(patches: int, rounds: int) -> int:
+    """The most of ``patches`` tokens that can go in equal shares, of which none may exceed half of what its round finds.
+
+    >>> most_removed(12, 1), most_removed(12, 2)
+    (6, 8)
+    """
+    return rounds * (patches // (rounds + 1))

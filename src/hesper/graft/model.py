@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hesper.cost import Counts, dense_macs, model_macs
-from hesper.errors import UsageError
+from hesper.errors import Unverified, UsageError
 from hesper.graft.attention import attend, attend_readers, reader_attention
 from hesper.graft.deciders import Decider, State
 from hesper.graft.layout import Layout, checkerboard
@@ -67,6 +67,7 @@ class GraftedViT(nn.Module):
         self.network = host.module
         self.host = host
         self.plan = plan
+        self._own: Plan | None = None  # the plan before its dial was turned
         self.deciders = nn.ModuleDict({str(block): decider for block, decider in deciders.items()})
         checkered = any(cast(Decider, decider).checkered for decider in deciders.values())
         order = torch.tensor(checkerboard(plan.model.anatomy.grid)) if checkered else None
@@ -84,17 +85,19 @@ class GraftedViT(nn.Module):
     def set_dial(self, dial: float) -> None:
         """Let tokens go below another price from now on, in nats: the same model at another quality.
 
-        Outside the range of the plan's verified operating points a UserWarning says so.
+        Outside the range of the plan's verified operating points an :class:`~hesper.errors.Unverified` warning says so.
 
         Raises:
             UsageError: the plan has no dial, or ``dial`` is no price.
         """
-        moved = at_dial(self.plan, dial)
-        known = verified_range(self.plan)
+        own = self._own or self.plan
+        moved = at_dial(own, dial)
+        known = verified_range(own)
         if known is None or not known[0].dial <= dial <= known[1].dial:
             what = "at no dial" if known is None else f"from {known[0].dial:.3g} ({known[0].macs:.2f} of the MACs) to "
             what += "" if known is None else f"{known[1].dial:.3g} ({known[1].macs:.2f})"
-            warnings.warn(f"The plan was verified {what}; at {dial:.3g} nothing is known of its loss.", stacklevel=2)
+            warnings.warn(f"The plan was verified {what}; at {dial:.3g} nothing is known of its loss.", Unverified, stacklevel=2)
+        self._own, self.plan = own, moved
         for cut in moved.tokens:
             cast(Any, self.deciders[str(cut.block)]).cut = cut
 

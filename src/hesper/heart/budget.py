@@ -92,6 +92,7 @@ def _prove(family: Family, dials: Sequence[float], points: list[OperatingPoint],
     """
     kept: tuple[float, Plan, Evaluation, _Verdict] | None = None
     last: tuple[Plan, Evaluation] | None = None
+    proven: list[tuple[float, Plan, Evaluation]] = []
     verdict = None
     for dial in dials:
         plan = family.at(dial)
@@ -99,7 +100,7 @@ def _prove(family: Family, dials: Sequence[float], points: list[OperatingPoint],
         same = last is not None and (last[0].tokens, last[0].heads) == cuts
         evaluation = last[1] if last is not None and same else trial(plan)
         last = (plan, evaluation)
-        points.append(_point(dial, evaluation, verified=True))
+        proven.append((dial, plan, evaluation))
         verdict = _verdict(budget, evaluation)
         if not verdict.holds:
             break
@@ -111,7 +112,16 @@ def _prove(family: Family, dials: Sequence[float], points: list[OperatingPoint],
             f"on {evaluation.n} images {verdict.found}. Allow at least {verdict.provable:.3g}, or give more calibration images."
         )
     dial, plan, evaluation, verdict = kept
+    points = [*points, *(_point(own, measured, _turns_to(plan, other, own)) for own, other, measured in proven)]
     return Chosen(family, dial, plan, evaluation, _measured(evaluation, verdict.statement), _sorted(points))
+
+
+def _turns_to(plan: Plan, other: Plan, dial: float) -> bool:
+    """Whether turning the dial of ``plan`` gives ``other``: heads, and thresholds of a symmetric schedule, do not turn with it."""
+    if plan.dial is None or other.heads != plan.heads:
+        return False
+    turned = (cut.threshold or 0.0 for cut in at_dial(plan, dial).tokens)
+    return all(math.isclose(mine, cut.threshold or 0.0, rel_tol=1e-9) for mine, cut in zip(turned, other.tokens, strict=True))
 
 
 def _with_neighbours(chosen: Chosen, trial: Trial) -> Chosen:

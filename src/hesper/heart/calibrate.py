@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hesper.curvature import Batch
 from hesper.graft import GraftedViT, graft
 from hesper.graft.deciders import Decider, State
+from hesper.graft.linkage import most_removed, share
 from hesper.plan import Plan, Schedule, TokenCut
 
 Calibration = Callable[[Plan], tuple[TokenCut, ...]]
@@ -66,13 +67,14 @@ def _same_share(plan: Plan, removed: list[float]) -> list[float]:
 def _as_counts(plan: Plan, removed: list[float]) -> tuple[TokenCut, ...]:
     """Whole numbers whose running sum follows the running sum of the means, so that roundings do not add up.
 
-    A merge takes at most every other token, a drop leaves at least one.
+    A merge takes what its rounds can, a drop leaves at least one.
     """
+    rounds = 1 if plan.pricing is None else plan.pricing.rounds
     left = plan.model.anatomy.tokens - plan.model.anatomy.prefix_tokens
     cuts, due = [], 0.0
     for cut, mean in zip(plan.tokens, removed, strict=True):
         due += mean
-        step = max(0, min(round(due), left // 2 if cut.combine == "merge" else left - 1))
+        step = max(0, min(round(due), most_removed(left, rounds) if cut.combine == "merge" else left - 1))
         due, left = due - step, left - step
         cuts.append(replace(cut, threshold=None, remove=step))
     return tuple(cuts)
@@ -83,7 +85,9 @@ def _as_thresholds(plan: Plan, fixed: tuple[TokenCut, ...], cut: GraftedViT, bat
     prices: dict[int, list[Tensor]] = {}
     hooks = []
     for block, decider in cut.deciders.items():
-        count = next(c.remove or 0 for c in fixed if c.block == int(block))
+        token_cut = next(c for c in fixed if c.block == int(block))
+        rounds = plan.pricing.rounds if plan.pricing is not None and token_cut.combine == "merge" else 1
+        count = share(token_cut.remove or 0, 0, rounds)  # what the first round takes; later ones find the same threshold
 
         def note(decider: nn.Module, inputs: tuple[State], _: object, block: int = int(block), count: int = count) -> None:
             if count:

@@ -82,6 +82,8 @@ class Passes:
             rows = self.work.rows(name, shape, dtype, new=False)
         else:
             ends, rows = self._dense(name, self.batches(stage, indices), module, self._most(indices))
+            if isinstance(rows, np.memmap):
+                rows.flush()  # before they are called finished
             self._keep(name, {}, ends=ends, shape=list(rows.shape), dtype=str(rows.dtype))
         self._pool(indices)
         return StoredLogits(rows, ends)

@@ -75,7 +75,8 @@ def group_mean(tokens: Tensor, group: Tensor, keeps_length: bool = False) -> Ten
     if not keeps_length:
         return mean
     length = _over_groups(tokens.norm(dim=-1, keepdim=True), group)
-    stretched: Tensor = mean * (length / mean.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(mean.dtype).tiny))
+    least = (length * torch.finfo(length.dtype).eps).clamp_min(torch.finfo(length.dtype).tiny)
+    stretched: Tensor = mean * (length / torch.maximum(mean.norm(dim=-1, keepdim=True), least))
     return stretched
 
 
