@@ -22,9 +22,9 @@ MOST_TRIALS = 24
 CLOSE, FLAT, NARROW = 0.003, 1e-4, 1.01
 STEPS = 11
 ALIKE = 1e-9  # spread of kept MACs below which all images cost the same: fixed counts, or heads alone
-# What a decision costs beyond its MACs, in many small steps and in memory traffic: 0.7 % of the dense model's time in batches of 32,
-# two alone. At equal drift that is so much of the MACs; around 0.5 to 0.66 of the MACs, drift rises by about 8 % for it.
-DECISION_MACS, DECISION_DRIFT = 0.007, 1.08
+# What a further decision must be worth, for the many small steps and the memory traffic that MACs do not show: half of the 0.7 % of the
+# dense model's time that it takes in batches of 32. Around 0.5 to 0.66 of the MACs, drift rises by about 4 % for so much.
+DECISION_MACS, DECISION_DRIFT = 0.004, 1.04
 IMPERCEPTIBLE = 0.0003  # nats of drift that no decision is worth
 # Powers of two around the dial that met the budget on fitting images: fixed beforehand, finer where the answer is likely.
 LADDER = (-5.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)

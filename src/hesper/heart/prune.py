@@ -30,7 +30,7 @@ from hesper.runs import utc_now
 from hesper.work import KeptNowhere, Work
 
 FIT_SHARE = 0.5
-MOST_FIT_IMAGES = 384
+MOST_FIT_IMAGES = 512
 TUNE_IMAGES = 128
 SURVEY_IMAGES = 64
 
