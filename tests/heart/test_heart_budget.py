@@ -171,3 +171,48 @@ def test_of_equal_drift_the_family_that_decides_less_wins_and_heads_are_tried_on
     chosen = choose([fewer, with_heads[1], family("more"), with_heads[0]], Budget("macs", 0.6, 0.95), tune, lambda f: world(200, 0))
     assert chosen.family.blocks == (0, 2, 4, 6)
     assert "more and heads" not in seen
+
+
+class Population:
+    """Images whose drift and disagreement at every dial are known, and random samples of them."""
+
+    def __init__(self, size=4000):
+        rng = np.random.default_rng(7)
+        self.hard, self.luck, self.noise = rng.lognormal(0, 1, size), rng.random(size), rng.normal(0, 0.05, size)
+
+    def outcome(self, dial, images):
+        kl = self.hard[images] * dial * 100
+        agree = (self.luck[images] >= np.minimum(0.9, kl / 2)).astype(float)
+        kept = np.clip(1 / (1 + (dial / 1e-4) ** 0.25) + self.noise[images], 0.1, 1.0)
+        return kl, agree, kept
+
+    def trial(self, images):
+        def measured(plan):
+            kl, agree, kept = self.outcome(plan.dial, images)
+            return Evaluation(kl, agree, kept * DENSE, np.ones((len(images), 12), dtype=np.int64), DENSE, None, None, None, None, None, 0.0)
+
+        return measured
+
+    def risk(self, kind, dial):
+        kl, agree, _ = self.outcome(dial, np.arange(len(self.hard)))
+        return kl.mean() if kind == "loss" else 1 - agree.mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "confidence"), [("disagreement", 0.05, 0.8), ("disagreement", 0.15, 0.95), ("loss", 0.05, 0.8), ("loss", 0.05, 0.95)]
+)
+def test_the_promise_is_broken_no_more_often_than_its_confidence_allows(kind, value, confidence):
+    population, rng, splits = Population(), np.random.default_rng(0), 200
+    broken = kept = 0
+    for _ in range(splits):
+        tune, verify = (population.trial(rng.integers(0, 4000, size)) for size in (128, 300))
+        try:
+            chosen = choose([family()], Budget(kind, value, confidence), lambda _, t=tune: t, lambda _, v=verify: v)
+        except JobError:
+            continue
+        kept += 1
+        broken += population.risk(kind, chosen.dial) > value
+    allowed = (1 - confidence) * splits
+    assert kept > 0.9 * splits
+    assert broken <= allowed + 3 * math.sqrt(allowed * confidence)
+    assert broken > 0 or confidence > 0.9  # a promise that is never near being broken would waste the budget
