@@ -47,6 +47,7 @@ from hesper.work import work_beside
 
 Progress = Callable[[str, int, int], None]
 DECIDERS = "deciders."
+SIZE_EXPONENT = "size_exponent"
 NETWORK = "network."
 DENSE = "dense."
 
@@ -303,6 +304,7 @@ def _images(
 def _load(run: RunFolder) -> GraftedViT:
     state, blueprint = _state(run)
     tables = {name.removeprefix(DECIDERS): tensor for name, tensor in state.items() if name.startswith(DECIDERS)}
+    tables |= {name: state[name] for name in (SIZE_EXPONENT,) if name in state}
     module, _ = rebuild(run.plan.model, blueprint)
     cut = graft(module, run.plan, _for_all_heads(tables, run.plan))
     _fill(cut, {name: tensor for name, tensor in state.items() if not name.startswith(DENSE)}, run)

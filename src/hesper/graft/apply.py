@@ -26,7 +26,8 @@ def graft(module: nn.Module, plan: Plan, tables: Mapping[str, Tensor] | None = N
         plan: what to cut.
         tables: what pricing needs, by name: ``{block}.root`` ``[width, rank]``, ``{block}.router.direction`` ``[width]``,
             ``{block}.router.attention`` ``[heads]`` (the dense model's heads; those of removed heads are left out),
-            ``{block}.router.offset`` ``[]``.
+            ``{block}.router.offset`` ``[]``. Where they were learned also ``{block}.restoration.stretch`` ``[]``,
+            ``{block}.restoration.gain`` and ``{block}.restoration.shift`` ``[width]``, and ``size_exponent`` ``[depth, heads]``.
 
     Raises:
         UsageError: the model has another anatomy than the plan's, a table is missing or of another shape, or the plan asks for
@@ -48,7 +49,9 @@ def graft(module: nn.Module, plan: Plan, tables: Mapping[str, Tensor] | None = N
         host.blocks[cut.block].remove_heads(cut.remove)
     like = next(host.module.parameters())
     deciders = {cut.block: _decider(cut, plan, tables or {}).to(like.device, like.dtype) for cut in plan.tokens}
-    return GraftedViT(host, plan, deciders).to(like.device).eval()
+    exponent = _learned(tables or {}, "size_exponent", (plan.model.anatomy.depth, plan.model.anatomy.heads)) if deciders else None
+    exponent = None if exponent is None else exponent.to(like.dtype)
+    return GraftedViT(host, plan, deciders, exponent).to(like.device).eval()
 
 
 def _check_plan(plan: Plan, host: Host) -> None:
@@ -124,9 +127,10 @@ def _tables(cut: TokenCut, plan: Plan, tables: Mapping[str, Tensor]) -> dict[str
         key = f"{cut.block}.{name}"
         if key not in tables:
             raise UsageError(f"The plan prices tokens of block {cut.block}, but its table '{key}' is missing; make the run again.")
-        if tuple(tables[key].shape) != shape:
-            raise UsageError(f"The table '{key}' has shape {tuple(tables[key].shape)}, but the plan needs {shape}; make the run again.")
-        own[name] = tables[key]
+        own[name] = _shaped(tables, key, shape)
+    for name, shape in {"restoration.stretch": (), "restoration.gain": (anatomy.width,), "restoration.shift": (anatomy.width,)}.items():
+        if (learned := _learned(tables, f"{cut.block}.{name}", shape)) is not None:
+            own[name] = learned
     removed = sorted({head for heads in plan.heads if heads.block == cut.block for head in heads.remove})
     mean = tables.get(f"{cut.block}.router.mean_attention")
     if removed and mean is not None:
@@ -134,3 +138,14 @@ def _tables(cut: TokenCut, plan: Plan, tables: Mapping[str, Tensor]) -> dict[str
         own["router.offset"] = own["router.offset"] + own["router.attention"][removed] @ mean[removed]
     own["router.attention"] = own["router.attention"][[head for head in range(anatomy.heads) if head not in removed]]
     return own
+
+
+def _learned(tables: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor | None:
+    """A table that a plan can do without."""
+    return _shaped(tables, key, shape) if key in tables else None
+
+
+def _shaped(tables: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
+    if tuple(tables[key].shape) != shape:
+        raise UsageError(f"The table '{key}' has shape {tuple(tables[key].shape)}, but the plan needs {shape}; make the run again.")
+    return tables[key]

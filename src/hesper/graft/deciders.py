@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from hesper.cost import Counts
 from hesper.graft.decision import Decision
 from hesper.graft.layout import Layout
 from hesper.graft.linkage import Points, link, paired
+from hesper.graft.restoration import Restoration
 from hesper.graft.tokens import INFINITY, cheapest, similarity_prices
 from hesper.plan import TokenCut
 
@@ -47,8 +48,8 @@ class Decider(Protocol):
         """Whether the decision needs the reader's attention; whoever computes that counts its MACs."""
 
     @property
-    def keeps_length(self) -> bool:
-        """Whether what it merges has the mean length of its members."""
+    def restoration(self) -> Restoration | None:
+        """What merged tokens get back, None where they stay what averaging made of them."""
 
     @property
     def checkered(self) -> bool:
@@ -97,7 +98,6 @@ class CurvatureMerge(nn.Module):
 
     root: Tensor
     reads_attention = True
-    keeps_length = True
     checkered = True
 
     def __init__(self, cut: TokenCut, gamma: float, rounds: int, weights: Mapping[str, Tensor]) -> None:
@@ -105,6 +105,7 @@ class CurvatureMerge(nn.Module):
         self.cut, self.gamma, self.rounds = cut, gamma, rounds
         self.register_buffer("root", weights["root"].clone())
         self.router = Router(weights)
+        self.restoration = Restoration(self.root.shape[0], weights)
 
     def points(self, state: State) -> Points:
         """Where every token lies, and how much moving it matters."""
@@ -117,7 +118,7 @@ class CurvatureMerge(nn.Module):
 
     def forward(self, state: State) -> Decision:
         """The decision for a batch."""
-        return replace(link(self.points(state), self.cut, self.rounds), keeps_length=self.keeps_length)
+        return link(self.points(state), self.cut, self.rounds)
 
     def macs(self, entered: Counts, prefix: int) -> Counts:
         """MACs spent on deciding: metric and router for every row, distances of sources to destinations, moving what merged early."""
@@ -134,7 +135,7 @@ class KeyMerge(nn.Module):
     """Merge tokens whose keys, averaged over heads, are most alike (ToMe, arXiv 2210.09461)."""
 
     reads_attention = False
-    keeps_length = False
+    restoration = None
     checkered = False
 
     def __init__(self, cut: TokenCut, head_dim: int) -> None:
@@ -209,7 +210,7 @@ class RandomScore(Score):
 class ScoredCut(nn.Module):
     """Drop the tokens of lowest score, or average them into the kept token whose key is most alike."""
 
-    keeps_length = False
+    restoration = None
     checkered = False
 
     def __init__(self, cut: TokenCut, score: Score, head_dim: int) -> None:

@@ -15,7 +15,7 @@ class Decision:
 
     ``gone`` ``[m]`` are the rows that leave, in ascending order, ``into`` ``[m]`` the row each merges into (None for drops), which
     never leaves itself; ``left`` counts the tokens of every image that stay. ``entered`` holds, for each round of matching, how many
-    tokens of every image took part. ``keeps_length`` says whether a merged token has the mean length of its members.
+    tokens of every image took part.
 
     Example:
         >>> first = Decision(6, torch.tensor([1, 3]), torch.tensor([2, 2]), (4,))
@@ -31,7 +31,6 @@ class Decision:
     into: Tensor | None
     left: tuple[int, ...]
     entered: tuple[tuple[int, ...], ...] = ()
-    keeps_length: bool = False
 
     @cached_property
     def kept(self) -> Tensor:
@@ -48,13 +47,13 @@ class Decision:
     def then(self, later: Decision) -> Decision:
         """Both merges as one, where ``later`` was decided on the rows this one leaves."""
         if not len(later.gone):
-            return Decision(self.rows, self.gone, self.into, self.left, self.entered + later.entered, self.keeps_length)
+            return Decision(self.rows, self.gone, self.into, self.left, self.entered + later.entered)
         assert self.into is not None and later.into is not None
         gone, into = self.kept[later.gone], self.kept[later.into]
         fate = torch.arange(self.rows, device=gone.device).index_copy_(0, gone, into)
         every, order = torch.cat([self.gone, gone]).sort()
         target = torch.cat([fate[self.into], into])[order]
-        return Decision(self.rows, every, target, later.left, self.entered + later.entered, self.keeps_length)
+        return Decision(self.rows, every, target, later.left, self.entered + later.entered)
 
 
 def grouped_mean(values: Tensor, size: Tensor, decision: Decision) -> tuple[Tensor, Tensor]:
@@ -74,37 +73,3 @@ def grouped_mean(values: Tensor, size: Tensor, decision: Decision) -> tuple[Tens
     shift = values.index_select(0, decision.gone).sub_(values.index_select(0, decision.into))
     mean = values.index_select(0, decision.kept)
     return mean.index_add_(0, decision.to, shift.mul_((moved / total.index_select(0, decision.to))[:, None])), total
-
-
-def mean_length(values: Tensor, size: Tensor, decision: Decision, mean: Tensor, total: Tensor) -> Tensor:
-    """``mean`` with what was merged stretched to the size-weighted mean length of its members.
-
-    Averaging shortens: tokens that differ cancel where they differ, and the updates of later blocks, whose size the norm fixes,
-    would then turn the merged token further than any of its members.
-
-    Args:
-        values: ``[rows, width]`` before merging.
-        size: ``[rows]`` before merging.
-        decision: what merged.
-        mean: ``[left, width]`` as :func:`grouped_mean` gives it; changed in place.
-        total: ``[left]`` sizes after merging.
-
-    Example:
-        >>> merge = Decision(2, torch.tensor([1]), torch.tensor([0]), (1,))
-        >>> x, one = torch.tensor([[3.0, 0.0], [0.0, 3.0]]), torch.ones(2)
-        >>> round(mean_length(x, one, merge, *grouped_mean(x, one, merge)).norm().item(), 5)
-        3.0
-    """
-    hit, group = torch.unique(decision.to, return_inverse=True)
-    home, gone = decision.kept.index_select(0, hit), decision.gone
-    short = mean.index_select(0, hit)
-    length = values.index_select(0, home).norm(dim=1) * size.index_select(0, home)
-    length = length.index_add(0, group, values.index_select(0, gone).norm(dim=1) * size.index_select(0, gone))
-    length = length / total.index_select(0, hit)
-    # Where members cancel, what is left of them is rounding and has no direction to be stretched along.
-    return mean.index_copy_(0, hit, short * (length / torch.maximum(short.norm(dim=1), _least(length)))[:, None])
-
-
-def _least(length: Tensor) -> Tensor:
-    """The shortest mean that still has a direction, for members of mean ``length``."""
-    return (length * torch.finfo(length.dtype).eps).clamp_min(torch.finfo(length.dtype).tiny)

@@ -58,11 +58,14 @@ class GraftedViT(nn.Module):
         host: the model to run, heads already removed; it becomes a submodule.
         plan: what is cut.
         deciders: the decider of each block that cuts tokens.
+        size_exponent: ``[depth, heads]`` of the dense model, to which power the size of a token counts in a head's attention; one
+            everywhere where it is not given.
     """
 
     order: Tensor | None
+    size_exponent: Tensor
 
-    def __init__(self, host: Host, plan: Plan, deciders: Mapping[int, nn.Module]) -> None:
+    def __init__(self, host: Host, plan: Plan, deciders: Mapping[int, nn.Module], size_exponent: Tensor | None = None) -> None:
         super().__init__()
         self.network = host.module
         self.host = host
@@ -72,6 +75,11 @@ class GraftedViT(nn.Module):
         checkered = any(cast(Decider, decider).checkered for decider in deciders.values())
         order = torch.tensor(checkerboard(plan.model.anatomy.grid)) if checkered else None
         self.register_buffer("order", order, persistent=False)
+        anatomy = plan.model.anatomy
+        self.register_buffer("size_exponent", torch.ones(anatomy.depth, anatomy.heads) if size_exponent is None else size_exponent.clone())
+        removed = {cut.block: cut.remove for cut in plan.heads}
+        self._plain_sizes = bool((self.size_exponent == 1).all())
+        self._heads = [[head for head in range(anatomy.heads) if head not in removed.get(block, ())] for block in range(anatomy.depth)]
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[images, classes]`` of ``[images, channels, height, width]``."""
@@ -181,7 +189,7 @@ class GraftedViT(nn.Module):
         """One block's halves, with the decision between them."""
         layout = stream.layout
         projected = block.project(stream.rows, stream.place)
-        log_size = None if stream.size is None else stream.size.log()
+        log_size = self._log_size(index, stream)
         stream.add(block.merge_heads(attend(projected, log_size, layout, block.scale)))
         if decide and str(index) in self.deciders:
             decider = cast(Decider, self.deciders[str(index)])
@@ -189,11 +197,21 @@ class GraftedViT(nn.Module):
             if decider.reads_attention:
                 attention = reader_attention(projected, log_size, layout, block.scale)
             state = State(stream.rows, projected.normed, projected.key, projected.value, attention, stream.sizes(), layout)
-            decision = decider(state)
+            with torch.no_grad():
+                decision = decider(state)
             book.entered[index] = decision.entered
-            stream.carry_out(decision)
+            stream.carry_out(decision, decider.restoration)
         book.add(layout.counts, layout.counts, stream.layout.counts)
         stream.feed(block.feed)
+
+    def _log_size(self, index: int, stream: Stream) -> Tensor | None:
+        """What attention adds to its logits: ``[rows]``, ``[rows, heads]`` where heads differ, None while every token has size 1."""
+        if stream.size is None:
+            return None
+        log_size = stream.size.log()
+        if self._plain_sizes and not self.size_exponent.requires_grad:
+            return log_size
+        return log_size[:, None] * self.size_exponent[index, self._heads[index]]
 
     def _traffic(self, book: _Book) -> Traffic:
         """The account of a run: who went where, and what deciding and merging cost each image."""
@@ -226,7 +244,7 @@ class GraftedViT(nn.Module):
         block, layout = self.host.blocks[-1], stream.layout
         prefix = layout.prefix_rows(stream.rows)
         projected = block.project_readers(stream.rows, prefix, stream.place)
-        log_size = None if stream.size is None else stream.size.log()
+        log_size = self._log_size(len(self.host.blocks) - 1, stream)
         prefix = prefix + block.merge_heads(attend_readers(projected, log_size, layout, block.scale))
         prefix = prefix + block.feed(prefix)
         readers = (layout.prefix,) * len(layout.counts)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesper.graft.decision import Decision, grouped_mean, mean_length
+from hesper.graft.decision import Decision
 from hesper.graft.layout import Layout
+from hesper.graft.restoration import Restoration, restored_mean
 
 # Rows that a feed-forward half takes at once on a CPU: its hidden activations, four times as wide, then stay in cache
 # (measured for widths 192 and 768; all rows at once take one and a half times as long).
@@ -52,8 +53,8 @@ class Stream:
         """``[rows]`` sizes, ones included."""
         return torch.ones_like(self.rows[:, 0]) if self.size is None else self.size
 
-    def carry_out(self, decision: Decision) -> None:
-        """Take the decided tokens out; what is merged leaves its mass where it goes (:func:`~hesper.graft.decision.grouped_mean`)."""
+    def carry_out(self, decision: Decision, restoration: Restoration | None = None) -> None:
+        """Take the decided tokens out; what is merged leaves its mass where it goes (:func:`~hesper.graft.restoration.restored_mean`)."""
         if not len(decision.gone):
             return
         before, size = self.rows, self.sizes()
@@ -61,8 +62,7 @@ class Stream:
             self.rows = before.index_select(0, decision.kept)
             self.size = None if self.size is None else size.index_select(0, decision.kept)
         else:
-            mean, self.size = grouped_mean(before, size, decision)
-            self.rows = mean_length(before, size, decision, mean, self.size) if decision.keeps_length else mean
+            self.rows, self.size = restored_mean(before, size, decision, restoration)
         self.place = None if self.place is None else self.place.index_select(0, decision.kept)
         self.layout = self.layout.with_counts(decision.left)
         self._trace(decision)

@@ -11,6 +11,7 @@ from hesper.curvature import Batch, Hessian, gradient
 from hesper.curvature.losses import Loss
 from hesper.graft import GraftedViT
 from hesper.graft.deciders import Decider
+from hesper.graft.restoration import Restoration
 from hesper.heart.gated import HEAD_GATES, TOKEN_GATES, TOKEN_SHIFTS, gated_forward
 from hesper.heart.lenses import gated_lens
 from hesper.hosts import Host
@@ -49,11 +50,12 @@ def plan_step(host: Host, cut: GraftedViT, images: Tensor) -> dict[str, Tensor]:
     shifts = images.new_zeros(len(images), anatomy.depth, anatomy.tokens, anatomy.width)
     heads = images.new_zeros(len(images), anatomy.depth, anatomy.heads)
     before = torch.arange(patches, device=images.device).expand(len(images), -1)
-    keep_length = {int(name) for name, decider in cut.deciders.items() if cast(Decider, decider).keeps_length}
+    restorations = {int(name): cast(Decider, decider).restoration for name, decider in cut.deciders.items()}
     for block, after in enumerate(sources):
         gates[:, block][(after < 0) & (before >= 0)] = -1.0
         tokens = streams[block][:, anatomy.prefix_tokens :]
-        moved = group_mean(tokens, after, block in keep_length) - group_mean(tokens, before, block in keep_length)
+        own = restorations.get(block)
+        moved = group_mean(tokens, after, own) - group_mean(tokens, before, own)
         shifts[:, block, anatomy.prefix_tokens :] = moved * (after >= 0)[..., None]
         before = after
     for head_cut in cut.plan.heads:
@@ -62,8 +64,8 @@ def plan_step(host: Host, cut: GraftedViT, images: Tensor) -> dict[str, Tensor]:
     return {name: value for name, value in step.items() if bool(value.any())} or {HEAD_GATES: heads}
 
 
-def group_mean(tokens: Tensor, group: Tensor, keeps_length: bool = False) -> Tensor:
-    """Every token's mean over the tokens of its group, or that stretched to their mean length: ``[images, n, width]``.
+def group_mean(tokens: Tensor, group: Tensor, restoration: Restoration | None = None) -> Tensor:
+    """Every token's mean over the tokens of its group, restored where there are several: ``[images, n, width]``.
 
     ``group`` is ``[images, n]`` (negative: no group).
 
@@ -71,19 +73,18 @@ def group_mean(tokens: Tensor, group: Tensor, keeps_length: bool = False) -> Ten
         >>> group_mean(torch.tensor([[[1.0], [3.0], [7.0]]]), torch.tensor([[0, 0, 1]])).flatten().tolist()
         [2.0, 2.0, 7.0]
     """
-    mean = _over_groups(tokens, group)
-    if not keeps_length:
+    mean, several = _over_groups(tokens, group)
+    if restoration is None:
         return mean
-    length = _over_groups(tokens.norm(dim=-1, keepdim=True), group)
-    least = (length * torch.finfo(length.dtype).eps).clamp_min(torch.finfo(length.dtype).tiny)
-    stretched: Tensor = mean * (length / torch.maximum(mean.norm(dim=-1, keepdim=True), least))
-    return stretched
+    length, _ = _over_groups(tokens.norm(dim=-1, keepdim=True), group)
+    return torch.where(several, restoration(mean, length), mean)
 
 
-def _over_groups(values: Tensor, group: Tensor) -> Tensor:
+def _over_groups(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """The means, and ``[images, n, 1]`` which tokens share their group with others."""
     index = group.clamp_min(0)
     belongs = (group >= 0).to(values.dtype)[..., None]
     wide = index[..., None].expand_as(values)
     total = torch.zeros_like(values).scatter_add(1, wide, values * belongs)
-    count = torch.zeros_like(belongs).scatter_add(1, index[..., None], belongs).clamp_min(1)
-    return (total / count).gather(1, wide)
+    count = torch.zeros_like(belongs).scatter_add(1, index[..., None], belongs)
+    return (total / count.clamp_min(1)).gather(1, wide), count.gather(1, index[..., None]) > 1

@@ -1,0 +1,70 @@
+"""What a merged token gets back of what averaging took from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hesper.graft.decision import Decision, grouped_mean
+
+# A mean shorter than a quarter of its members is mostly what they disagree in, and is stretched no further.
+MOST_STRETCHED = 4.0
+
+
+class Restoration(nn.Module):
+    """Stretches a mean towards its members' mean length, and gives every channel what averaging takes from it in general.
+
+        x = (1 + gain) * m (l / |m|)^stretch + l shift
+
+    with m the size-weighted mean of the members and l their mean length. Averaging shortens: tokens that differ cancel where they
+    differ, and the updates of later blocks, whose size the norm fixes, would then turn the merged token further than any of
+    its members. Without tables the stretch is one, gain and shift are zero: a merged token has the mean length of its members.
+
+    Args:
+        width: of the stream.
+        tables: ``restoration.stretch`` ``[]``, ``restoration.gain`` and ``restoration.shift`` ``[width]``, each where it was learned.
+
+    Example:
+        >>> Restoration(2)(torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0]])).norm().round(decimals=4).item()
+        2.0
+    """
+
+    stretch: Tensor
+    gain: Tensor
+    shift: Tensor
+
+    def __init__(self, width: int, tables: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__()
+        tables = tables or {}
+        self.register_buffer("stretch", tables.get("restoration.stretch", torch.ones(())).clone())
+        self.register_buffer("gain", tables.get("restoration.gain", torch.zeros(width)).clone())
+        self.register_buffer("shift", tables.get("restoration.shift", torch.zeros(width)).clone())
+
+    def forward(self, mean: Tensor, length: Tensor) -> Tensor:
+        """``[..., width]`` from means ``[..., width]`` and mean lengths ``[..., 1]``."""
+        # Where members cancel, what is left of them is rounding and has no direction to be stretched along.
+        least = (length / MOST_STRETCHED).clamp_min(torch.finfo(length.dtype).tiny)
+        ratio = length.clamp_min(torch.finfo(length.dtype).tiny) / torch.maximum(mean.norm(dim=-1, keepdim=True), least)
+        return mean * ratio**self.stretch * (1 + self.gain) + length * self.shift
+
+
+def restored_mean(values: Tensor, size: Tensor, decision: Decision, restoration: Restoration | None) -> tuple[Tensor, Tensor]:
+    """As :func:`~hesper.graft.decision.grouped_mean`, with what was merged restored; other rows stay as they are.
+
+    Example:
+        >>> merge = Decision(2, torch.tensor([1]), torch.tensor([0]), (1,))
+        >>> x, one = torch.tensor([[3.0, 0.0], [0.0, 3.0]]), torch.ones(2)
+        >>> round(restored_mean(x, one, merge, Restoration(2))[0].norm().item(), 5)
+        3.0
+    """
+    mean, total = grouped_mean(values, size, decision)
+    if restoration is None:
+        return mean, total
+    hit, group = torch.unique(decision.to, return_inverse=True)
+    home, gone = decision.kept.index_select(0, hit), decision.gone
+    length = values.index_select(0, home).norm(dim=1) * size.index_select(0, home)
+    length = length.index_add(0, group, values.index_select(0, gone).norm(dim=1) * size.index_select(0, gone))
+    length = length / total.index_select(0, hit)
+    return mean.index_copy_(0, hit, restoration(mean.index_select(0, hit), length[:, None])), total
