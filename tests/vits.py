@@ -110,7 +110,7 @@ def logits_by_hand(model: VisionTransformer, stream: Tensor, copies: Tensor) -> 
 
 
 def gate_tables(model: Any, seed: int = 3) -> dict[str, Tensor]:
-    """Random gates, prices of every head spread around one on images like the tests', and attention that stands in for heads that sit out."""
+    """Random gates that price every head around one on images like the tests', and attention to stand in for heads that sit out."""
     host, generator = open_host(model), torch.Generator().manual_seed(seed)
     anatomy, like = host.anatomy, next(host.module.parameters())
     images = pictures(6, like.dtype, anatomy.image_size)

@@ -47,6 +47,7 @@ from hesper.work import work_beside
 
 Progress = Callable[[str, int, int], None]
 DECIDERS = "deciders."
+GATES = "gates."
 NETWORK = "network."
 DENSE = "dense."
 
@@ -303,6 +304,10 @@ def _images(
 def _load(run: RunFolder) -> GraftedViT:
     state, blueprint = _state(run)
     tables = {name.removeprefix(DECIDERS): tensor for name, tensor in state.items() if name.startswith(DECIDERS)}
+    for name, tensor in state.items():
+        if name.startswith(GATES):
+            block, part = name.removeprefix(GATES).split(".")
+            tables[f"{block}.router.mean_attention" if part == "stand_in" else f"{block}.gate.{part}"] = tensor
     module, _ = rebuild(run.plan.model, blueprint)
     cut = graft(module, run.plan, _for_all_heads(tables, run.plan))
     _fill(cut, {name: tensor for name, tensor in state.items() if not name.startswith(DENSE)}, run)
@@ -313,10 +318,12 @@ def _for_all_heads(tables: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor
     """A run's tables as grafting wants them, for the dense model's heads: those of removed heads, never used, are zero."""
     full, heads = dict(tables), plan.model.anatomy.heads
     for cut in plan.heads:
-        key = f"{cut.block}.router.attention"
-        if key in tables:
-            full[key] = tables[key].new_zeros(heads)
-            full[key][[head for head in range(heads) if head not in cut.remove]] = tables[key]
+        left = [head for head in range(heads) if head not in cut.remove]
+        for name in ("router.attention", "router.mean_attention", "gate.direction", "gate.offset"):
+            key = f"{cut.block}.{name}"
+            if key in tables:
+                full[key] = tables[key].new_zeros(*tables[key].shape[:-1], heads)
+                full[key][..., left] = tables[key]
     return full
 
 
@@ -377,6 +384,7 @@ def _results(pruned: Pruned, images: ImageSet, skipped: Sequence[Skipped]) -> di
             "images": atlas.images,
         },
         "router_explained": list(pruned.tables.explained),
+        "gates_explained": list(pruned.tables.gates_explained),
         "seconds": pruned.seconds,
     }
 

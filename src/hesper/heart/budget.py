@@ -96,8 +96,8 @@ def _prove(family: Family, dials: Sequence[float], points: list[OperatingPoint],
     verdict = None
     for dial in dials:
         plan = family.at(dial)
-        cuts = (plan.tokens, plan.heads)
-        same = last is not None and (last[0].tokens, last[0].heads) == cuts
+        cuts = (plan.tokens, plan.heads, plan.gates)
+        same = last is not None and (last[0].tokens, last[0].heads, last[0].gates) == cuts
         evaluation = last[1] if last is not None and same else trial(plan)
         last = (plan, evaluation)
         proven.append((dial, plan, evaluation))
@@ -117,11 +117,12 @@ def _prove(family: Family, dials: Sequence[float], points: list[OperatingPoint],
 
 
 def _turns_to(plan: Plan, other: Plan, dial: float) -> bool:
-    """Whether turning the dial of ``plan`` gives ``other``: heads, and thresholds of a symmetric schedule, do not turn with it."""
+    """Whether turning the dial of ``plan`` gives ``other``: removed heads, and thresholds of a symmetric schedule, do not turn with it."""
     if plan.dial is None or other.heads != plan.heads:
         return False
-    turned = (cut.threshold or 0.0 for cut in at_dial(plan, dial).tokens)
-    return all(math.isclose(mine, cut.threshold or 0.0, rel_tol=1e-9) for mine, cut in zip(turned, other.tokens, strict=True))
+    turned = at_dial(plan, dial)
+    mine, theirs = ([cut.threshold or 0.0 for cut in (*those.tokens, *those.gates)] for those in (turned, other))
+    return all(math.isclose(own, threshold, rel_tol=1e-9) for own, threshold in zip(mine, theirs, strict=True))
 
 
 def _with_neighbours(chosen: Chosen, trial: Trial) -> Chosen:
@@ -255,8 +256,10 @@ def _place_risk(families: Sequence[Family], budget: Budget, tune: Callable[[Fami
 
 
 def _refines_nothing(family: Family, best: Family, dial: float) -> bool:
-    """Whether cutting heads too need not be tried: its blocks are not the best, or at ``dial`` no head is cheap enough."""
-    return bool(family.heads == "static" and family.blocks and (family.blocks != best.blocks or not family.head_cuts(dial)))
+    """Whether cutting heads too need not be tried: its blocks are not the best, or at ``dial`` no head is cheap enough for good."""
+    if family.heads == "none" or not family.blocks:
+        return False
+    return family.blocks != best.blocks or (family.heads == "static" and not family.head_cuts(dial))
 
 
 def _risk(budget: Budget, evaluation: Evaluation) -> float:
