@@ -10,7 +10,7 @@ from hesper.errors import JobError, UsageError
 from hesper.heart.family import Family
 from hesper.measure.bounds import disagreement_p_value, images_needed, mean_upper_bound, provable_disagreement
 from hesper.measure.evaluate import Evaluation, estimate
-from hesper.plan import Budget, Measured, OperatingPoint, Plan, at_dial
+from hesper.plan import Budget, HeadGate, Measured, OperatingPoint, Plan, TokenCut, at_dial
 
 Trial = Callable[[Plan], Evaluation]
 
@@ -121,8 +121,12 @@ def _turns_to(plan: Plan, other: Plan, dial: float) -> bool:
     if plan.dial is None or other.heads != plan.heads:
         return False
     turned = at_dial(plan, dial)
-    mine, theirs = ([cut.threshold or 0.0 for cut in (*those.tokens, *those.gates)] for those in (turned, other))
-    return all(math.isclose(own, threshold, rel_tol=1e-9) for own, threshold in zip(mine, theirs, strict=True))
+    return _alike(turned.tokens, other.tokens) and _alike(turned.gates, other.gates)
+
+
+def _alike(mine: Sequence[TokenCut | HeadGate], theirs: Sequence[TokenCut | HeadGate]) -> bool:
+    pairs = zip(mine, theirs, strict=True)
+    return all(math.isclose(own.threshold or 0.0, other.threshold or 0.0, rel_tol=1e-9) for own, other in pairs)
 
 
 def _with_neighbours(chosen: Chosen, trial: Trial) -> Chosen:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 SMALLEST = 1e-6  # of the mean over an image's heads of the block: what a price counts as at least, so that it has a logarithm
 PENALTIES = tuple(4.0**power for power in range(-5, 8))  # in units of the mean variance of a feature times the number of images
+# Variance, as a share of the mean square, that always counts on top: a class token before the first block varies by rounding alone,
+# and no weight may be so large as to bring that up.
+ROUNDING = 1e-4
 
 
 @dataclass
@@ -55,10 +59,10 @@ class GateFit:
         n, split = float(self.moments[-1, -1]), self.features
         mean = self.moments[-1, :-1] / n
         centred = self.moments[:-1, :-1] - n * torch.outer(mean, mean)
-        values, vectors = torch.linalg.eigh(centred[:split, :split])
+        values, vectors = (torch.from_numpy(part) for part in np.linalg.eigh(centred[:split, :split].numpy()))
         values = values.clamp_min(0)
         along = vectors.T @ centred[:split, split:]
-        unit = values.mean() + torch.finfo(torch.float64).eps * self.moments[:split, :split].trace()
+        unit = values.mean() + ROUNDING * self.moments[:split, :split].trace() / split
         spread = centred[split:, split:].diagonal().clamp_min(0)
         shrink, score = self._choose(values, along, spread, n, unit)
         weights = vectors @ (along * shrink)
