@@ -62,21 +62,21 @@ def test_the_fit_in_batches_is_the_best_ridge_by_its_own_score_on_everything(see
         fit.add(row[start : start + 7], price[start : start + 7])
     direction, offset, explained = fit.solve()
     x, y = (row - row.mean(0)).double(), price.double().log() - price.double().log().mean(0)
-    for head in range(heads):
-        scored = [((y[:, head].square().sum() / 29**2), torch.zeros(6, dtype=torch.float64))]
-        for penalty in PENALTIES:
-            unit = (x.T @ x).trace() / 6 + ROUNDING * row.double().square().sum() / 6
-            gram = x.T @ x + penalty * unit * torch.eye(6, dtype=torch.float64)
-            weights = torch.linalg.solve(gram, x.T @ y[:, head])
-            free = 29 - torch.linalg.solve(gram, x.T @ x).trace()
-            scored.append(((y[:, head] - x @ weights).square().sum() / free**2, weights))
-        score, weights = min(scored, key=lambda pair: float(pair[0]))
-        torch.testing.assert_close(direction[:, head], weights, rtol=1e-6, atol=1e-8)
-        assert float(explained[head]) == pytest.approx(float(1 - score / scored[0][0]), abs=1e-6)
-        predicted = x @ weights
-        log_mean = price[:, head].double().mean().log()
-        own = row.double() @ direction[:, head] + offset[head]
-        torch.testing.assert_close(own, predicted + log_mean - predicted.square().mean() / 2, rtol=1e-6, atol=1e-6)
+    alone = y.square().sum(0) / 29**2
+    scored = [(1.0, torch.ones(heads, dtype=torch.float64), torch.zeros(6, heads, dtype=torch.float64))]
+    for penalty in PENALTIES:
+        unit = (x.T @ x).trace() / 6 + ROUNDING * row.double().square().sum() / 6
+        gram = x.T @ x + penalty * unit * torch.eye(6, dtype=torch.float64)
+        weights = torch.linalg.solve(gram, x.T @ y)
+        free = 29 - torch.linalg.solve(gram, x.T @ x).trace()
+        shares = (y - x @ weights).square().sum(0) / free**2 / alone
+        scored.append((float(shares.mean()), shares, weights))
+    _, shares, weights = min(scored, key=lambda found: found[0])
+    torch.testing.assert_close(direction, weights, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(explained, 1 - shares, rtol=0, atol=1e-6)
+    predicted = x @ weights
+    expected = predicted + price.double().mean(0).log() - predicted.square().mean(0) / 2
+    torch.testing.assert_close(row.double() @ direction + offset, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_what_the_row_does_not_tell_is_priced_at_the_mean() -> None:

@@ -19,8 +19,9 @@ ROUNDING = 1e-4
 class GateFit:
     """Ridge regressions of the heads' log prices on the reader's row, accumulated batch by batch.
 
-    There is one sample an image, often fewer than features: the penalty of each head is chosen by generalised cross-validation
-    (Golub, Heath and Wahba, Technometrics 21, 1979), which needs no more than the sums; not to use the row at all is among the choices.
+    There is one sample an image, often fewer than features: the penalty is chosen by generalised cross-validation (Golub, Heath and
+    Wahba, Technometrics 21, 1979), which needs no more than the sums. All heads have the same, since a choice for each would fit
+    noise; not to use the row at all is among the choices.
 
     Example:
         >>> row = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
@@ -65,16 +66,16 @@ class GateFit:
         unit = values.mean() + ROUNDING * self.moments[:split, :split].trace() / split
         spread = centred[split:, split:].diagonal().clamp_min(0)
         shrink, score = self._choose(values, along, spread, n, unit)
-        weights = vectors @ (along * shrink)
-        predicted = ((along * shrink).square() * values[:, None]).sum(0) / n
+        along = along * shrink[:, None]
+        weights = vectors @ along
+        predicted = (along.square() * values[:, None]).sum(0) / n
         log_mean = (self.prices / n).clamp_min(torch.finfo(torch.float32).tiny).log()
         offset = log_mean - predicted / 2 - mean[:split] @ weights
         return weights, offset, torch.where(spread > 0, 1 - score, 0.0)
 
     def _choose(self, values: Tensor, along: Tensor, spread: Tensor, n: float, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """What each eigendirection is divided by, ``[features, heads]``, and the error left, as a share of that without any row."""
-        best = torch.ones_like(spread)
-        shrink = torch.zeros_like(along)
+        """What each eigendirection is divided by, ``[features]``, and the heads' errors left, as shares of those without any row."""
+        best, shrink = torch.ones_like(spread), torch.zeros_like(values)
         for penalty in PENALTIES:
             inverse = 1 / (values + penalty * unit).clamp_min(torch.finfo(torch.float64).tiny)
             free = n - 1 - float((values * inverse).sum())
@@ -82,7 +83,6 @@ class GateFit:
                 continue
             left = spread - (along.square() * (2 * inverse - values * inverse.square())[:, None]).sum(0)
             score = left.clamp_min(0) / spread.clamp_min(torch.finfo(torch.float64).tiny) * ((n - 1) / free) ** 2
-            better = score < best
-            best = torch.where(better, score, best)
-            shrink = torch.where(better, inverse[:, None], shrink)
+            if score.mean() < best.mean():
+                best, shrink = score, inverse
         return shrink, best
