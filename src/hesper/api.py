@@ -303,19 +303,19 @@ def _images(
 
 def _load(run: RunFolder) -> GraftedViT:
     state, blueprint = _state(run)
+    module, _ = rebuild(run.plan.model, blueprint)
+    cut = graft(module, run.plan, _tables(state, run.plan))
+    _fill(cut, {name: tensor for name, tensor in state.items() if not name.startswith(DENSE)}, run)
+    return cut
+
+
+def _tables(state: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """A run's tables as grafting wants them, for the dense model's heads: those of removed heads, never used, are zero."""
     tables = {name.removeprefix(DECIDERS): tensor for name, tensor in state.items() if name.startswith(DECIDERS)}
     for name, tensor in state.items():
         if name.startswith(GATES):
             block, part = name.removeprefix(GATES).split(".")
             tables[f"{block}.router.mean_attention" if part == "stand_in" else f"{block}.gate.{part}"] = tensor
-    module, _ = rebuild(run.plan.model, blueprint)
-    cut = graft(module, run.plan, _for_all_heads(tables, run.plan))
-    _fill(cut, {name: tensor for name, tensor in state.items() if not name.startswith(DENSE)}, run)
-    return cut
-
-
-def _for_all_heads(tables: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
-    """A run's tables as grafting wants them, for the dense model's heads: those of removed heads, never used, are zero."""
     full, heads = dict(tables), plan.model.anatomy.heads
     for cut in plan.heads:
         left = [head for head in range(heads) if head not in cut.remove]

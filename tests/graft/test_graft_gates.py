@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from families import FAMILIES, family, shots
+from hesper import api
 from hesper.errors import UsageError
 from hesper.graft import GraftedViT, graft
 from hesper.graft.deciders import State
@@ -267,6 +268,16 @@ def test_features_on_the_full_grid_are_those_of_the_gated_network() -> None:
     cut = gated(model, skip_unread=True)
     features = cut.forward_features(images)
     torch.testing.assert_close(model.forward_head(features), cut(images), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_a_run_keeps_of_gates_beside_removed_heads_makes_the_same_model_again() -> None:
+    model, images = vit(), pictures(5)
+    cut = gated(model, cuts=cuts_of("merge", [0, 1], threshold=64.0), heads=[HeadCut(1, (1,)), HeadCut(2, (0, 2))])
+    state = cut.state_dict()
+    again = graft(model, cut.plan, api._tables(state, cut.plan))
+    again.load_state_dict(state)
+    assert torch.equal(again(images), cut(images)) and state["gates.1.direction"].shape == (24, 2)
 
 
 def test_what_cannot_be_gated_is_refused() -> None:

@@ -140,6 +140,10 @@ def test_a_fit_does_not_depend_on_batches_or_on_who_adds_them() -> None:
     assert len(gates) == 8
     for name in gates:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
+    resumed = FitSums(host, KL, "merge", rng(), gates=True)
+    for name, tensor in resumed.tensors().items():
+        tensor.copy_(together.tensors()[name])
+    assert all(torch.equal(table, expected[name]) for name, table in resumed.tables(5).tensors.items())
 
 
 def test_prices_that_are_not_finite_are_refused() -> None:
