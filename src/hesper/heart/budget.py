@@ -182,7 +182,7 @@ class _Placement:
     @property
     def weighted_drift(self) -> float:
         """Mean drift, made worse by every decision."""
-        decisions = len(self.family.blocks)
+        decisions = self.family.decisions
         return (float(self.evaluation.drift_kl.mean()) + IMPERCEPTIBLE * decisions) * DECISION_DRIFT**decisions
 
 
@@ -251,7 +251,7 @@ def _place_risk(families: Sequence[Family], budget: Budget, tune: Callable[[Fami
                 dial, macs = middle, evaluation.kept_macs.mean
             else:
                 high = middle
-        spent = macs + DECISION_MACS * len(family.blocks)
+        spent = macs + DECISION_MACS * family.decisions
         if best is None or spent < best[0]:
             best = (spent, dial, family, tried)
     assert best is not None

@@ -57,6 +57,11 @@ class Family:
         cuts = self.calibrated(plan)
         return replace(plan, tokens=cuts, dial=dial if gates or any(cut.threshold is not None for cut in cuts) else None)
 
+    @property
+    def decisions(self) -> int:
+        """How many times an image is decided on: gates, too, take time that MACs do not show."""
+        return len(self.blocks) + len(self.head_gates(1.0))
+
     def head_cuts(self, dial: float) -> tuple[HeadCut, ...]:
         """Heads whose price per MAC is below that of the dearest token cut: dial / MACs a token saves on average."""
         if self.heads != "static":
