@@ -12,6 +12,7 @@ computed whole in every row, since leaving out what nobody reads would alone kee
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -116,7 +117,9 @@ def main() -> None:
                 own = tables[choice.combine]
                 plan_at = family(model, choice, own, atlas, shaping).at
                 kept = kept_on(model, plan_at, probe, own.tensors)
-                if kept(DEAREST) > target:
+                if (end := math.log(DEAREST)) not in seen:
+                    seen[end] = kept(DEAREST)
+                if seen[end] > target:
                     say(f"{name:34} cannot be reached")
                     continue
                 dial = place_dial(kept, target, False, seen)
