@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import re
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,7 +22,7 @@ from hesper.graft.deciders import State
 from hesper.heart.gated import HEAD_GATES, TOKEN_GATES, gated_forward, ones
 from hesper.hosts import open_host
 from hesper.plan import HeadCut, HeadGate, TokenCut
-from vits import KINDS, READERS, REMOVABLE, cuts_of, gate_tables, pictures, plan_for, tables, vit
+from vits import READERS, REMOVABLE, cuts_of, gate_tables, pictures, plan_for, tables, vit
 
 DOUBLE = torch.float64
 EVERY = tuple(HeadGate(block, 1.0) for block in range(4))
@@ -70,11 +68,9 @@ def test_every_family_skips_heads_image_by_image(kind: str) -> None:
     assert len({tuple(image) for image in outcome.used.flatten(1).tolist()}) > 1
 
 
-@pytest.mark.parametrize("kind", READERS[:3])
+@pytest.mark.parametrize("kind", [kind for kind in READERS if kind in REMOVABLE])
 @torch.no_grad()
 def test_the_last_block_for_its_readers_alone_skips_heads_too(kind: str) -> None:
-    if kind not in REMOVABLE:
-        kind = "plain"
     model, images = vit(kind, DOUBLE), pictures(6, DOUBLE)
     cuts = cuts_of("drop", [0, 1], remove=3)
     whole, skipping = gated(model, cuts=cuts), gated(model, cuts=cuts, skip_unread=True)
@@ -300,4 +296,3 @@ def test_the_price_of_a_head_is_compared_on_the_scale_of_the_threshold() -> None
     for threshold, stay in ((0.49, 3), (0.51, 2), (2.01, 1), (100.0, 1)):
         cut = graft(model, plan_for(model, gates=[HeadGate(0, threshold)]), flat)
         assert cut.run(images).traffic.heads[0, 0] == stay
-    assert np.isfinite(math.log(0.49)) and set(KINDS) > set(REMOVABLE)

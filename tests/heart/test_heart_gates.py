@@ -36,7 +36,7 @@ def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def batches(count: int = 12, kind: str = "plain") -> list[ImageBatch]:
+def batches(count: int = 12) -> list[ImageBatch]:
     return [ImageBatch(part) for part in pictures(count).split(5)]
 
 
