@@ -12,6 +12,7 @@ from hesper.plan import (
     Combine,
     Estimate,
     HeadCut,
+    HeadGate,
     Measured,
     ModelRef,
     OperatingPoint,
@@ -35,6 +36,7 @@ EXAMPLE_PLAN = Plan(
     points=(OperatingPoint(0.0005, 0.9, 0.001, 0.99, 128, False), OperatingPoint(0.001, 0.6, 0.03, 0.95, 300, True)),
     provenance=Provenance("0.1.0", "2.15.0", "1.0.31", 0, "cd" * 32, 200, 300, "2026-01-01T00:00:00+00:00"),
     dial=0.001,
+    gates=(HeadGate(4, 0.0002), HeadGate(5, 0.0002)),
 )
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -100,7 +102,8 @@ def plans(draw: st.DrawFn) -> Plan:
         | st.builds(Pricing, words, st.floats(1e-6, 100), st.integers(1, 64), st.integers(0, anatomy.width), amounts, st.integers(1, 8))
     )
     tokens = tuple(draw(token_cuts(block, anatomy.depth, pricing is not None)) for block in draw(blocks))
-    priced = any(cut.threshold is not None for cut in tokens)
+    gates = tuple(HeadGate(block, draw(amounts)) for block in (draw(blocks) if pricing is not None else []))
+    priced = bool(gates) or any(cut.threshold is not None for cut in tokens)
     return Plan(
         model=draw(st.builds(ModelRef, words, words, words, st.just(anatomy))),
         pricing=pricing,
@@ -114,4 +117,5 @@ def plans(draw: st.DrawFn) -> Plan:
         points=tuple(draw(st.lists(points, max_size=3))),
         provenance=draw(provenances),
         dial=draw(st.none() | st.floats(1e-9, 1e3)) if priced else None,
+        gates=gates,
     )

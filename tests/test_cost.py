@@ -59,6 +59,15 @@ def unseen(model: GraftedViT, outcome: Outcome, image: int, entered: dict[int, l
     return total
 
 
+def test_heads_may_differ_between_images() -> None:
+    counts = np.arange(1, 25, dtype=np.int64).reshape(2, 12)
+    heads = np.array([[1, 2, 3] * 4, [3, 3, 1] * 4])
+    together = model_macs(TINY, heads, counts, counts, counts, np.array([5, 6]))
+    for image in range(2):
+        own = counts[image : image + 1]
+        assert model_macs(TINY, heads[image].tolist(), own, own, own, np.array([5 + image])).tolist() == [together[image]]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_the_dense_count_is_what_torch_counts(kind: str) -> None:

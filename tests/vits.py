@@ -11,8 +11,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from hesper.curvature import ImageBatch
+from hesper.heart.fit import dense_states
 from hesper.hosts import Host, open_host
-from hesper.plan import Combine, HeadCut, Plan, Pricing, TokenCut, empty_plan
+from hesper.plan import Combine, HeadCut, HeadGate, Plan, Pricing, TokenCut, empty_plan
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -70,11 +71,13 @@ def plan_for(
     criterion: str = "kl",
     heads: Sequence[HeadCut] = (),
     skip_unread: bool = False,
+    gates: Sequence[HeadGate] = (),
 ) -> Plan:
     """A plan for a tiny model."""
     blank = empty_plan("tiny", open_host(model).anatomy)
     pricing = Pricing(criterion, 4.0, 3, RANK, 0.5, 2)
-    return dataclasses.replace(blank, pricing=pricing, tokens=tuple(cuts), heads=tuple(heads), skip_unread=skip_unread)
+    cut = {"tokens": tuple(cuts), "heads": tuple(heads), "gates": tuple(gates)}
+    return dataclasses.replace(blank, pricing=pricing, skip_unread=skip_unread, **cut)
 
 
 def cuts_of(combine: Combine, blocks: Sequence[int], **how: Any) -> list[TokenCut]:
@@ -104,6 +107,21 @@ def logits_by_hand(model: VisionTransformer, stream: Tensor, copies: Tensor) -> 
         weight = copies[prefix:, None] / copies[prefix:].sum()
         return model.head(model.fc_norm((normed[prefix:] * weight).sum(0)))
     return model.head(model.fc_norm(normed[0]))
+
+
+def gate_tables(model: Any, seed: int = 3) -> dict[str, Tensor]:
+    """Random gates that price every head around one on images like the tests', and attention to stand in for heads that sit out."""
+    host, generator = open_host(model), torch.Generator().manual_seed(seed)
+    anatomy, like = host.anatomy, next(host.module.parameters())
+    images = pictures(6, like.dtype, anatomy.image_size)
+    out = {}
+    for block, state in enumerate(dense_states(host, images)):
+        direction = torch.randn(anatomy.width, anatomy.heads, generator=generator)
+        row = state.layout.prefix_rows(state.normed)[:, 0] if anatomy.prefix_tokens else state.layout.by_image(state.normed).mean(1)
+        out[f"{block}.gate.direction"] = direction
+        out[f"{block}.gate.offset"] = -(row.float() @ direction).mean(0)
+        out[f"{block}.router.mean_attention"] = torch.randn(anatomy.heads, generator=generator) - 3
+    return out
 
 
 SMALLEST = {"img_size": (16, 16), "embed_dim": 6, "depth": 2, "num_heads": 2}

@@ -48,6 +48,7 @@ from hesper.work import work_beside
 Progress = Callable[[str, int, int], None]
 DECIDERS = "deciders."
 SIZE_EXPONENT = "size_exponent"
+GATES = "gates."
 NETWORK = "network."
 DENSE = "dense."
 
@@ -303,22 +304,28 @@ def _images(
 
 def _load(run: RunFolder) -> GraftedViT:
     state, blueprint = _state(run)
-    tables = {name.removeprefix(DECIDERS): tensor for name, tensor in state.items() if name.startswith(DECIDERS)}
-    tables |= {name: state[name] for name in (SIZE_EXPONENT,) if name in state}
     module, _ = rebuild(run.plan.model, blueprint)
-    cut = graft(module, run.plan, _for_all_heads(tables, run.plan))
+    cut = graft(module, run.plan, _tables(state, run.plan))
     _fill(cut, {name: tensor for name, tensor in state.items() if not name.startswith(DENSE)}, run)
     return cut
 
 
-def _for_all_heads(tables: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+def _tables(state: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
     """A run's tables as grafting wants them, for the dense model's heads: those of removed heads, never used, are zero."""
+    tables = {name.removeprefix(DECIDERS): tensor for name, tensor in state.items() if name.startswith(DECIDERS)}
+    tables |= {name: state[name] for name in (SIZE_EXPONENT,) if name in state}
+    for name, tensor in state.items():
+        if name.startswith(GATES):
+            block, part = name.removeprefix(GATES).split(".")
+            tables[f"{block}.router.mean_attention" if part == "stand_in" else f"{block}.gate.{part}"] = tensor
     full, heads = dict(tables), plan.model.anatomy.heads
     for cut in plan.heads:
-        key = f"{cut.block}.router.attention"
-        if key in tables:
-            full[key] = tables[key].new_zeros(heads)
-            full[key][[head for head in range(heads) if head not in cut.remove]] = tables[key]
+        left = [head for head in range(heads) if head not in cut.remove]
+        for name in ("router.attention", "router.mean_attention", "gate.direction", "gate.offset"):
+            key = f"{cut.block}.{name}"
+            if key in tables:
+                full[key] = tables[key].new_zeros(*tables[key].shape[:-1], heads)
+                full[key][..., left] = tables[key]
     return full
 
 
@@ -379,6 +386,7 @@ def _results(pruned: Pruned, images: ImageSet, skipped: Sequence[Skipped]) -> di
             "images": atlas.images,
         },
         "router_explained": list(pruned.tables.explained),
+        "gates_explained": list(pruned.tables.gates_explained),
         "seconds": pruned.seconds,
     }
 

@@ -12,10 +12,10 @@ from hesper.plan import Anatomy
 Counts = NDArray[np.int64]
 
 
-def block_macs(anatomy: Anatomy, heads: int, attended: Counts, queries: Counts, fed: Counts) -> Counts:
+def block_macs(anatomy: Anatomy, heads: int | Counts, attended: Counts, queries: Counts, fed: Counts) -> Counts:
     """MACs of one block in which ``queries`` tokens attend to ``attended`` tokens and ``fed`` tokens pass the MLP.
 
-    With width d, head width e = heads * head_dim, hidden width f:
+    ``heads`` is one number, or one for each image. With width d, head width e = heads * head_dim, hidden width f:
 
         2 N d e + Q d e + 2 Q N e + Q e d + 2 M d f
 
@@ -58,7 +58,7 @@ def dense_macs(anatomy: Anatomy) -> int:
     return blocks + int(pooling_macs(anatomy, every)[0]) + fixed_macs(anatomy)
 
 
-def model_macs(anatomy: Anatomy, heads: Sequence[int], attended: Counts, queries: Counts, fed: Counts, deciding: Counts) -> Counts:
+def model_macs(anatomy: Anatomy, heads: Sequence[int] | Counts, attended: Counts, queries: Counts, fed: Counts, deciding: Counts) -> Counts:
     """MACs per image of a cut model, the cost of deciding included.
 
     Every matrix product, weighted sum and convolution an image itself needs; not what a ragged batch pads its pairs of tokens to,
@@ -67,7 +67,7 @@ def model_macs(anatomy: Anatomy, heads: Sequence[int], attended: Counts, queries
 
     Args:
         anatomy: the dense model's.
-        heads: heads left in each block.
+        heads: heads used in each block, ``[depth]``, or ``[images, depth]`` where images use different ones.
         attended: ``[images, depth]`` tokens that keys and values are computed for.
         queries: ``[images, depth]`` tokens that attend.
         fed: ``[images, depth]`` tokens that pass the MLP.
@@ -77,8 +77,9 @@ def model_macs(anatomy: Anatomy, heads: Sequence[int], attended: Counts, queries
         ``[images]`` counts.
     """
     total = deciding + pooling_macs(anatomy, fed[:, -1]) + fixed_macs(anatomy)
-    for block, count in enumerate(heads):
-        total = total + block_macs(anatomy, count, attended[:, block], queries[:, block], fed[:, block])
+    used = np.broadcast_to(np.asarray(heads, dtype=np.int64), attended.shape)
+    for block in range(anatomy.depth):
+        total = total + block_macs(anatomy, used[:, block], attended[:, block], queries[:, block], fed[:, block])
     return total
 
 

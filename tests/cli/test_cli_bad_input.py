@@ -154,6 +154,18 @@ def test_nothing_to_cut(ask: Ask) -> None:
     assert "nothing to cut" in sentence(ask("--macs", 0.9, "--no-tokens"), 2)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--counts", "fixed"), "Fixed counts promise every image the same work, which heads that adapt break; use --heads static."),
+        (("--criterion", "ce"), "use the criterion 'kl', or --heads static."),
+        (("--criterion", "heart", "--no-tokens"), "use the criterion 'kl', or --heads static."),
+    ],
+)
+def test_what_heads_that_adapt_cannot_go_with(ask: Ask, words: tuple[str, ...], says: str) -> None:
+    assert says in sentence(ask("--macs", 0.9, "--heads", "adaptive", *words), 2)
+
+
 def test_a_rank_above_the_width(ask: Ask) -> None:
     assert "rank" in sentence(ask("--macs", 0.9, "--rank", 1000), 2)
 

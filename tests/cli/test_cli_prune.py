@@ -60,13 +60,14 @@ def test_json_is_all_there_is_on_stdout(tmp_path: Path, weights: Path, images: P
     assert "at most 0.5 nats" in found["statement"]
 
 
-def test_runs_with_removed_heads_load_and_evaluate(tmp_path: Path, weights: Path, images: Path) -> None:
+@pytest.mark.parametrize(("heads", "figure"), [("static", "heads_removed"), ("adaptive", "blocks_gated")])
+def test_runs_without_some_heads_load_and_evaluate(heads: str, figure: str, tmp_path: Path, weights: Path, images: Path) -> None:
     out = tmp_path / "run"
     quick = [word for word in QUICK if word not in ("--heads", "none")]
-    asked = ("prune", NAME, "--weights", weights, "--calib", images, "--loss-budget", 5, "--heads", "static", "--out", out, "--json")
+    asked = ("prune", NAME, "--weights", weights, "--calib", images, "--loss-budget", 5, "--heads", heads, "--out", out, "--json")
     result = hesper(*asked, *quick)
     assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["heads_removed"] > 0
+    assert json.loads(result.stdout)[figure] > 0
     again = hesper("eval", out, "--data", images, "--json")
     assert again.exit_code == 0, again.stderr
     assert json.loads(again.stdout)["macs_ratio"] < 1
@@ -128,6 +129,9 @@ def test_an_existing_folder_is_refused_and_stays(tmp_path: Path, pruned: tuple[P
         (("--combine", "drop", "--counts", "fixed"), 0.8),
         (("--no-tokens", "--heads", "static"), 0.95),
         (("--no-tokens", "--heads", "static"), 0.85),
+        (("--no-tokens", "--heads", "adaptive"), 0.9),
+        (("--heads", "adaptive"), 0.8),
+        (("--heads", "adaptive", "--combine", "drop", "--schedule", "symmetric"), 0.8),
         (("--criterion", "ce"), 0.8),
         (("--criterion", "heart", "--combine", "drop"), 0.8),
     ],
@@ -142,6 +146,23 @@ def test_a_budget_of_macs_is_kept_and_nearly_spent_whatever_is_cut(
     measured = open_run(out).plan.measured
     assert measured is not None
     assert share - 0.03 - 3 * measured.macs.stderr < measured.macs.mean <= share
+
+
+def test_a_gated_run_is_the_model_that_was_verified_and_turns_with_its_dial(tmp_path: Path, weights: Path, images: Path) -> None:
+    out = tmp_path / "run"
+    words = ("--weights", weights, "--calib", images, "--macs", 0.9, *QUICK, "--no-tokens", "--heads", "adaptive")
+    assert hesper("prune", NAME, *words, "--out", out).exit_code == 0
+    run = open_run(out)
+    assert [gate.block for gate in run.plan.gates] == list(range(6)) and not run.plan.tokens and run.plan.dial is not None
+    assert len(run.entries[0].results["gates_explained"]) == 6 and any(point.verified for point in run.plan.points)
+    shown = hesper("show", out)
+    assert shown.exit_code == 0 and "if <= " in shown.stdout
+    page = (out / "report.html").read_text()
+    assert "In 6 blocks heads sit out image by image." in page and "nats sit out" in page
+    milder = hesper("eval", out, "--data", images, "--dial", run.plan.dial / 8, "--json")
+    whole = hesper("eval", out, "--data", images, "--json")
+    assert milder.exit_code == 0 and whole.exit_code == 0, milder.stderr
+    assert json.loads(whole.stdout)["macs_ratio"] < json.loads(milder.stdout)["macs_ratio"]
 
 
 def test_sets_of_blocks_are_compared_on_all_fitting_images(

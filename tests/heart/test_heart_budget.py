@@ -173,6 +173,14 @@ def test_of_equal_drift_the_family_that_decides_less_wins_and_heads_are_tried_on
     assert "more and heads" not in seen
 
 
+def test_heads_that_adapt_must_be_worth_the_time_their_gates_take():
+    gated = dataclasses.replace(family("gated"), heads="adaptive")
+    assert gated.decisions == family().decisions + 12
+    families, budget = [family("plain"), gated], Budget("macs", 0.6, 0.95)
+    assert pick(budget, families=families, drift={"plain": 10.0, "gated": 8.0}).family.name == "plain"
+    assert pick(budget, families=families, drift={"plain": 10.0, "gated": 3.0}).family.name == "gated"
+
+
 class Population:
     """Images whose drift and disagreement at every dial are known, and random samples of them."""
 

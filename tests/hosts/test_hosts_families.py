@@ -191,6 +191,29 @@ def test_removing_heads_is_gating_them_to_zero_with_smaller_weights(kind: str) -
     assert both(images).isfinite().all() and (both.run(images).macs < alone.run(images).macs).all()
 
 
+@pytest.mark.parametrize("kind", REMOVABLE)
+@torch.no_grad()
+def test_a_block_without_heads_is_another_with_all_but_attention_in_common(kind: str) -> None:
+    host, other = open_host(family(kind, DOUBLE)), open_host(family(kind, DOUBLE))
+    images = shots(kind, 2, DOUBLE)
+    stream, block = host.embed(images), host.blocks[1]
+    before = {name: tensor.clone() for name, tensor in host.module.state_dict().items()}
+    fewer = block.without_heads([0]).without_heads([1])  # of the two left
+    other.embed(images)
+    other.blocks[1].remove_heads([0, 2])
+    found, expected = fewer.project(stream), other.blocks[1].project(stream)
+    for name in ("normed", "query", "key", "value"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    mixed = found.value.flatten(2)
+    assert torch.equal(fewer.merge_heads(mixed), other.blocks[1].merge_heads(mixed))
+    assert torch.equal(fewer.feed(stream), block.feed(stream)) and torch.equal(fewer.normed(stream), block.project(stream).normed)
+    assert fewer.heads == 1 and block.heads == 3 and fewer.attention is not block.attention
+    shared = {id(p) for p in host.module.parameters()} - {id(p) for p in block.attention.parameters()}
+    own = vars(fewer).get("block", vars(fewer).get("layer"))
+    assert {id(p) for p in own.parameters()} - {id(p) for p in fewer.attention.parameters()} <= shared
+    assert all(torch.equal(before[name], tensor) for name, tensor in host.module.state_dict().items())
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 @torch.no_grad()
 def test_the_count_is_what_torch_counts(kind: str) -> None:

@@ -28,6 +28,8 @@ def test_the_screen_says_what_was_asked_measured_and_cut() -> None:
     assert "KL <= 0.05 with 95 % confidence" in text
     lines = text.splitlines()
     assert any(line.split() == ["2", "-", "2", "of", "3:", "0,", "2"] for line in lines)
+    assert any(line.split() == ["4", "-", "if", "<=", "0.0002", "nats"] for line in lines)
+    assert any(line.split() == ["5", "-", "1", "of", "3,", "if", "<=", "0.0002"] for line in lines)
     assert any(line.split()[:6] == ["3", "merge", "if", "<", "0.001", "nats"] for line in lines)
     assert any(line.split()[:3] == ["6", "drop", "20"] for line in lines)
 
@@ -45,7 +47,7 @@ def test_bars_are_relative_to_the_largest_cut_of_their_kind() -> None:
 def test_a_deep_model_still_fits_with_equal_blocks_joined() -> None:
     model = dataclasses.replace(PLAN.model, anatomy=dataclasses.replace(ANATOMY, depth=48, heads=24))
     every = tuple(TokenCut(block, "merge", threshold=0.001) for block in range(48))
-    joined = render(dataclasses.replace(PLAN, model=model, tokens=every, heads=(), skip_unread=False))
+    joined = render(dataclasses.replace(PLAN, model=model, tokens=every, heads=(), gates=(), skip_unread=False))
     assert fits(joined) and "0-47" in joined
     uneven = tuple(HeadCut(block, tuple(range(1, 2 + block % 20))) for block in range(48))
     elided = render(dataclasses.replace(PLAN, model=model, tokens=every, heads=uneven))

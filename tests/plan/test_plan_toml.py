@@ -48,7 +48,7 @@ def test_plans_hash_alike_exactly_when_they_are_equal(left: Plan, right: Plan) -
 
 def test_the_file_reads_in_the_order_people_ask() -> None:
     document = tomllib.loads(dumps(PLAN))
-    order = "schema schedule skip_unread dial model budget pricing expected_loss tokens heads measured points provenance"
+    order = "schema schedule skip_unread dial model budget pricing expected_loss tokens heads gates measured points provenance"
     assert list(document) == order.split()
     assert document["tokens"][1] == {"block": 6, "combine": "drop", "remove": 20}
 
@@ -107,10 +107,10 @@ def test_whole_numbers_serve_as_floats() -> None:
         ("remove = [0, 2]", 'remove = [0, "2"]', r"heads\[0\].remove\[1\] must be a whole number, not a string"),
         ("grid = [14, 14]", "grid = [14]", "model.anatomy.grid needs 2 values, not 1"),
         ('combine = "merge"', 'combine = "merg"', "combine is 'merg'; did you mean 'merge'.*one of merge, drop"),
-        ("schema = 2", "schema = 3", "schema 3, newer than this hesper reads .2.; upgrade hesper"),
-        ("schema = 2", "schema = 1", "schema 1, but this hesper reads 2; make the plan again"),
-        ("schema = 2\n", "", "needs the line 'schema = 2'"),
-        ("schema = 2", "schema = ", "not valid TOML"),
+        ("schema = 3", "schema = 4", "schema 4, newer than this hesper reads .3.; upgrade hesper"),
+        ("schema = 3", "schema = 2", "schema 2, but this hesper reads 3; make the plan again"),
+        ("schema = 3\n", "", "needs the line 'schema = 3'"),
+        ("schema = 3", "schema = ", "not valid TOML"),
         ("threshold = 0.001", "threshold = nan", r"tokens\[0\].threshold is nan"),
         ("threshold = 0.001", "threshold = inf", r"tokens\[0\].threshold is inf"),
         ("threshold = 0.001", "threshold = -0.5", r"tokens\[0\].threshold is -0.5; a price in nats is 0 or more"),
@@ -139,6 +139,10 @@ def test_a_text_that_says_it_wrong_is_refused(old: str, new: str, message: str) 
         ("heads.0.remove", (), "is empty"),
         ("heads.0.remove", (2, 0), "in ascending order"),
         ("heads.0.remove", (1, 1), "each head once"),
+        ("gates.0.block", 12, r"gates\[0\].block is 12, but the model has blocks 0 to 11"),
+        ("gates.1.block", 4, r"gates\[1\] cuts block 4 a second time"),
+        ("gates.0.threshold", -1.0, r"gates\[0\].threshold is -1.0; a price in nats is 0 or more"),
+        ("gates.0.threshold", float("nan"), r"gates\[0\].threshold is nan"),
         ("heads.0.remove", (3,), "block 2 has heads 0 to 2"),
         ("heads.0.remove", (-1,), "block 2 has heads 0 to 2"),
         ("heads.0.remove", (0, 1, 2), "removes all 3 heads of block 2; keep at least one"),

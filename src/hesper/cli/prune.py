@@ -69,7 +69,13 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
 @click.option("--temperature", type=float, default=4.0, show_default=True, metavar="T", help="On the logits, for the criterion kl.")
 @click.option("--draws", type=click.IntRange(1), default=3, show_default=True, metavar="N", help="Fisher samples or probes per image.")
 @click.option("--tokens/--no-tokens", default=True, show_default=True, help="Whether tokens may go.")
-@click.option("--heads", type=click.Choice(["none", "static"]), default="static", show_default=True, help="Whether heads may go, for good.")
+@click.option(
+    "--heads",
+    type=click.Choice(["none", "static", "adaptive"]),
+    default="static",
+    show_default=True,
+    help="Whether heads may go: for good, or sit out image by image.",
+)
 @click.option("--combine", type=click.Choice(["merge", "drop"]), default="merge", show_default=True, help="What becomes of removed tokens.")
 @click.option(
     "--counts",
@@ -155,6 +161,7 @@ def summary(run: RunFolder) -> dict[str, Any]:
         "agreement": None if measured is None else measured.agreement.mean,
         "expected_loss": None if expected is None else expected.mean,
         "heads_removed": sum(len(cut.remove) for cut in run.plan.heads),
+        "blocks_gated": len(run.plan.gates),
         "skipped": sum(len(entry.results["skipped"]) for entry in run.entries),
         "seconds": first.results["seconds"],
         "data": later[0].results["evaluation"] if later else None,

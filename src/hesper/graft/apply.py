@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from hesper.errors import UsageError
 from hesper.graft.deciders import CurvatureMerge, KeyMerge, RandomScore, ReaderAttention, RoutedSensitivity, ScoredCut
+from hesper.graft.gates import Gate
 from hesper.graft.linkage import most_removed
 from hesper.graft.model import GraftedViT
 from hesper.hosts import Host, open_host
-from hesper.plan import Plan, TokenCut, validate
+from hesper.plan import HeadGate, Plan, TokenCut, validate
 from hesper.registry import Registry
 
 CURVATURE = ("kl", "ce", "heart")
@@ -26,8 +27,10 @@ def graft(module: nn.Module, plan: Plan, tables: Mapping[str, Tensor] | None = N
         plan: what to cut.
         tables: what pricing needs, by name: ``{block}.root`` ``[width, rank]``, ``{block}.router.direction`` ``[width]``,
             ``{block}.router.attention`` ``[heads]`` (the dense model's heads; those of removed heads are left out),
-            ``{block}.router.offset`` ``[]``. Where they were learned also ``{block}.restoration.stretch`` ``[]``,
-            ``{block}.restoration.gain`` and ``{block}.restoration.shift`` ``[width]``, and ``size_exponent`` ``[depth, heads]``.
+            ``{block}.router.offset`` ``[]``; for gates ``{block}.gate.direction`` ``[width, heads]``, ``{block}.gate.offset`` ``[heads]``
+            and, where the block has a router too, ``{block}.router.mean_attention`` ``[heads]``. Where they were learned also
+            ``{block}.restoration.stretch`` ``[]``, ``{block}.restoration.gain`` and ``{block}.restoration.shift`` ``[width]``, and
+            ``size_exponent`` ``[depth, heads]``.
 
     Raises:
         UsageError: the model has another anatomy than the plan's, a table is missing or of another shape, or the plan asks for
@@ -49,9 +52,9 @@ def graft(module: nn.Module, plan: Plan, tables: Mapping[str, Tensor] | None = N
         host.blocks[cut.block].remove_heads(cut.remove)
     like = next(host.module.parameters())
     deciders = {cut.block: _decider(cut, plan, tables or {}).to(like.device, like.dtype) for cut in plan.tokens}
-    exponent = _learned(tables or {}, "size_exponent", (plan.model.anatomy.depth, plan.model.anatomy.heads)) if deciders else None
-    exponent = None if exponent is None else exponent.to(like.dtype)
-    return GraftedViT(host, plan, deciders, exponent).to(like.device).eval()
+    gates = {gate.block: _gate(gate, plan, tables or {}).to(like.device, like.dtype) for gate in plan.gates}
+    exponent = _learned(tables or {}, "size_exponent", (plan.model.anatomy.depth, plan.model.anatomy.heads))
+    return GraftedViT(host, plan, deciders, gates, None if exponent is None else exponent.to(like.dtype)).to(like.device).eval()
 
 
 def _check_plan(plan: Plan, host: Host) -> None:
@@ -60,6 +63,8 @@ def _check_plan(plan: Plan, host: Host) -> None:
         raise UsageError(f"The plan was made for {plan.model.name} of another shape than the model given; make a plan for this model.")
     if plan.skip_unread and (anatomy.reads_patches or not anatomy.prefix_tokens):
         raise UsageError("The classifier pools over patch tokens, so the last block's are read; make a plan without skip_unread.")
+    if plan.gates and not host.heads_removable:
+        raise UsageError("Heads cannot sit out in a model whose attention output is normalised over all heads; use --heads none.")
     left = anatomy.tokens - anatomy.prefix_tokens
     for cut in plan.tokens:
         if cut.remove is None or (plan.skip_unread and cut.block == anatomy.depth - 1):
@@ -122,21 +127,17 @@ def _tables(cut: TokenCut, plan: Plan, tables: Mapping[str, Tensor]) -> dict[str
     shapes = {"router.direction": (anatomy.width,), "router.attention": (anatomy.heads,), "router.offset": ()}
     if cut.combine == "merge" and plan.pricing is not None:
         shapes = {"root": (anatomy.width, plan.pricing.rank), **shapes}
-    own = {}
-    for name, shape in shapes.items():
-        key = f"{cut.block}.{name}"
-        if key not in tables:
-            raise UsageError(f"The plan prices tokens of block {cut.block}, but its table '{key}' is missing; make the run again.")
-        own[name] = _shaped(tables, key, shape)
+    own = _named(cut.block, "tokens", shapes, tables)
     for name, shape in {"restoration.stretch": (), "restoration.gain": (anatomy.width,), "restoration.shift": (anatomy.width,)}.items():
         if (learned := _learned(tables, f"{cut.block}.{name}", shape)) is not None:
             own[name] = learned
-    removed = sorted({head for heads in plan.heads if heads.block == cut.block for head in heads.remove})
+    left = _heads_left(cut.block, plan)
+    removed = [head for head in range(anatomy.heads) if head not in left]
     mean = tables.get(f"{cut.block}.router.mean_attention")
     if removed and mean is not None:
         # A removed head's attention is no longer seen; its mean takes its place, or every price of the block would shift.
         own["router.offset"] = own["router.offset"] + own["router.attention"][removed] @ mean[removed]
-    own["router.attention"] = own["router.attention"][[head for head in range(anatomy.heads) if head not in removed]]
+    own["router.attention"] = own["router.attention"][left]
     return own
 
 
@@ -149,3 +150,30 @@ def _shaped(tables: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> T
     if tuple(tables[key].shape) != shape:
         raise UsageError(f"The table '{key}' has shape {tuple(tables[key].shape)}, but the plan needs {shape}; make the run again.")
     return tables[key]
+
+
+def _gate(gate: HeadGate, plan: Plan, tables: Mapping[str, Tensor]) -> Gate:
+    """The gate of a block, for the heads it has left."""
+    anatomy, left = plan.model.anatomy, _heads_left(gate.block, plan)
+    shapes: dict[str, tuple[int, ...]] = {"gate.direction": (anatomy.width, anatomy.heads), "gate.offset": (anatomy.heads,)}
+    if _criterion(plan) in CURVATURE and any(cut.block == gate.block for cut in plan.tokens):
+        shapes["router.mean_attention"] = (anatomy.heads,)
+    own = _named(gate.block, "heads", shapes, tables)
+    short = {"gate.direction": "direction", "gate.offset": "offset", "router.mean_attention": "stand_in"}
+    return Gate(gate, {short[name]: table[..., left] for name, table in own.items()})
+
+
+def _named(block: int, what: str, shapes: Mapping[str, tuple[int, ...]], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tables of a block by their names in it; UsageError where one is missing or of another shape."""
+    own = {}
+    for name, shape in shapes.items():
+        key = f"{block}.{name}"
+        if key not in tables:
+            raise UsageError(f"The plan prices {what} of block {block}, but its table '{key}' is missing; make the run again.")
+        own[name] = _shaped(tables, key, shape)
+    return own
+
+
+def _heads_left(block: int, plan: Plan) -> list[int]:
+    gone = {head for cut in plan.heads if cut.block == block for head in cut.remove}
+    return [head for head in range(plan.model.anatomy.heads) if head not in gone]

@@ -29,6 +29,7 @@ class State:
     ``stream`` and ``normed`` are ``[rows, width]`` (after the residual sum, and the attention's normalised input), ``key`` and
     ``value`` ``[rows, heads, head_dim]``, ``attention`` ``[rows, heads]`` the log of the reader's attention per unit of size
     (the class token, or the mean query where there is none; ``[rows, 0]`` for deciders that do not read it), ``size`` ``[rows]``.
+    Heads that sat out have what :class:`~hesper.graft.gates.Gate` says; deciders that do not read keys may then see none.
     """
 
     stream: Tensor
@@ -46,6 +47,10 @@ class Decider(Protocol):
     @property
     def reads_attention(self) -> bool:
         """Whether the decision needs the reader's attention; whoever computes that counts its MACs."""
+
+    @property
+    def reads_keys(self) -> bool:
+        """Whether the decision needs keys or values."""
 
     @property
     def restoration(self) -> Restoration | None:
@@ -98,6 +103,7 @@ class CurvatureMerge(nn.Module):
 
     root: Tensor
     reads_attention = True
+    reads_keys = False
     checkered = True
 
     def __init__(self, cut: TokenCut, gamma: float, rounds: int, weights: Mapping[str, Tensor]) -> None:
@@ -135,6 +141,7 @@ class KeyMerge(nn.Module):
     """Merge tokens whose keys, averaged over heads, are most alike (ToMe, arXiv 2210.09461)."""
 
     reads_attention = False
+    reads_keys = True
     restoration = None
     checkered = False
 
@@ -221,6 +228,11 @@ class ScoredCut(nn.Module):
     def reads_attention(self) -> bool:
         """Whether the score does."""
         return self.score.reads_attention
+
+    @property
+    def reads_keys(self) -> bool:
+        """Whether it looks for a kept token of like key."""
+        return self.cut.combine == "merge"
 
     def prices(self, state: State) -> tuple[Tensor, None]:
         """The score of every patch ``[images, patches]``; where it merges depends on what else goes."""

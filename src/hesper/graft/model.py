@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from hesper.cost import Counts, dense_macs, model_macs
 from hesper.errors import Unverified, UsageError
-from hesper.graft.attention import attend, attend_readers, reader_attention
 from hesper.graft.deciders import Decider, State
+from hesper.graft.gates import Gate, reader_row
+from hesper.graft.half import attention_half, gated_half, gated_readers_half, readers_half
 from hesper.graft.layout import Layout, checkerboard
 from hesper.graft.stream import Stream
 from hesper.graft.unmerge import full_grid, stand_ins
@@ -24,15 +25,16 @@ from hesper.plan import Plan, at_dial, verified_range
 
 @dataclass(frozen=True)
 class Traffic:
-    """How many tokens of each image went where.
+    """How many tokens of each image went where, and how many heads they met there.
 
-    ``attended``, ``queries`` and ``fed`` are ``[images, depth]``; ``deciding`` is MACs ``[images]``.
+    ``attended``, ``queries``, ``fed`` and ``heads`` are ``[images, depth]``; ``deciding``, on tokens and heads, is MACs ``[images]``.
     """
 
     attended: Counts
     queries: Counts
     fed: Counts
     deciding: Counts
+    heads: Counts
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,19 @@ class Outcome:
     """Logits ``[images, classes]``, MACs ``[images]`` of what really ran, the traffic, and where each patch went.
 
     ``sources`` (when asked for) has a ``[images, patches]`` map per block: the place, among the patches its image has left after the
-    block, of the one that stands for each original patch, -1 where it was dropped.
+    block, of the one that stands for each original patch, -1 where it was dropped. ``used`` (likewise) ``[images, depth, heads]`` says
+    which of the dense model's heads ran for an image.
     """
 
     logits: Tensor
     macs: Counts
     traffic: Traffic
     sources: tuple[Tensor, ...] | None = None
+    used: Tensor | None = None
 
 
 class GraftedViT(nn.Module):
-    """A vision transformer that lets tokens go block by block; ``model(images)`` gives logits.
+    """A vision transformer that lets tokens go, and heads sit out, block by block; ``model(images)`` gives logits.
 
     With a plan that cuts nothing it runs the host's own forward, bit for bit.
 
@@ -58,6 +62,7 @@ class GraftedViT(nn.Module):
         host: the model to run, heads already removed; it becomes a submodule.
         plan: what is cut.
         deciders: the decider of each block that cuts tokens.
+        gates: the gate of each block whose heads may sit out.
         size_exponent: ``[depth, heads]`` of the dense model, to which power the size of a token counts in a head's attention; one
             everywhere where it is not given.
     """
@@ -65,13 +70,21 @@ class GraftedViT(nn.Module):
     order: Tensor | None
     size_exponent: Tensor
 
-    def __init__(self, host: Host, plan: Plan, deciders: Mapping[int, nn.Module], size_exponent: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        host: Host,
+        plan: Plan,
+        deciders: Mapping[int, nn.Module],
+        gates: Mapping[int, Gate],
+        size_exponent: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.network = host.module
         self.host = host
         self.plan = plan
         self._own: Plan | None = None  # the plan before its dial was turned
         self.deciders = nn.ModuleDict({str(block): decider for block, decider in deciders.items()})
+        self.gates = nn.ModuleDict({str(block): gate for block, gate in gates.items()})
         checkered = any(cast(Decider, decider).checkered for decider in deciders.values())
         order = torch.tensor(checkerboard(plan.model.anatomy.grid)) if checkered else None
         self.register_buffer("order", order, persistent=False)
@@ -88,10 +101,10 @@ class GraftedViT(nn.Module):
     @property
     def untouched(self) -> bool:
         """Whether nothing is ever let go: no token, and no head, which some hosts' own forward would miss."""
-        return not self.deciders and not self.plan.skip_unread and not self.plan.heads
+        return not self.deciders and not self.gates and not self.plan.skip_unread and not self.plan.heads
 
     def set_dial(self, dial: float) -> None:
-        """Let tokens go below another price from now on, in nats: the same model at another quality.
+        """Let tokens go, and heads sit out, below another price from now on, in nats: the same model at another quality.
 
         Outside the range of the plan's verified operating points an :class:`~hesper.errors.Unverified` warning says so.
 
@@ -108,6 +121,8 @@ class GraftedViT(nn.Module):
         self._own, self.plan = own, moved
         for cut in moved.tokens:
             cast(Any, self.deciders[str(cut.block)]).cut = cut
+        for gate in moved.gates:
+            cast(Any, self.gates[str(gate.block)]).cut = gate
 
     @property
     def dense_macs(self) -> int:
@@ -118,9 +133,10 @@ class GraftedViT(nn.Module):
         """Logits with the account of what ran; ``trace`` also follows every patch."""
         logits, book, maps = self._run(images, trace)
         anatomy, traffic = self.plan.model.anatomy, self._traffic(book)
-        heads = [block.heads for block in self.host.blocks]
-        macs = model_macs(anatomy, heads, traffic.attended, traffic.queries, traffic.fed, traffic.deciding)
-        return Outcome(logits, macs, traffic, tuple(maps) if trace else None)
+        macs = model_macs(anatomy, traffic.heads, traffic.attended, traffic.queries, traffic.fed, traffic.deciding)
+        if not trace:
+            return Outcome(logits, macs, traffic)
+        return Outcome(logits, macs, traffic, tuple(maps), self._used(book, len(images), images.device))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Normed tokens on the full grid, ``[images, prefix + patches, width]``, as the host has them before pooling.
@@ -169,8 +185,8 @@ class GraftedViT(nn.Module):
         first = Layout((anatomy.tokens,) * len(images), anatomy.prefix_tokens, images.device)
         book, maps = _Book(), []
         if self.untouched:
-            for _ in host.blocks:
-                book.add(first.counts, first.counts, first.counts)
+            for block in host.blocks:
+                book.add(first.counts, first.counts, first.counts, block.heads)
             same = torch.arange(anatomy.tokens - anatomy.prefix_tokens, device=images.device).expand(len(images), -1)
             return self.network(images), book, [same] * anatomy.depth
         stream = self._embed(images)
@@ -188,46 +204,69 @@ class GraftedViT(nn.Module):
     def _through(self, index: int, block: HostBlock, stream: Stream, book: _Book, decide: bool = True) -> None:
         """One block's halves, with the decision between them."""
         layout = stream.layout
-        projected = block.project(stream.rows, stream.place)
-        log_size = self._log_size(index, stream)
-        stream.add(block.merge_heads(attend(projected, log_size, layout, block.scale)))
-        if decide and str(index) in self.deciders:
-            decider = cast(Decider, self.deciders[str(index)])
-            attention = projected.key.new_empty(layout.rows, 0)
-            if decider.reads_attention:
-                attention = reader_attention(projected, log_size, layout, block.scale)
-            state = State(stream.rows, projected.normed, projected.key, projected.value, attention, stream.sizes(), layout)
+        decider = cast(Decider, self.deciders[str(index)]) if decide and str(index) in self.deciders else None
+        stay = self._stay(index, block, stream, book)
+        power = self._size_power(index)
+        half = (
+            attention_half(block, stream, decider, power)
+            if stay is None
+            else gated_half(self._gate(index), stay, block, stream, decider, power)
+        )
+        stream.add(half.update)
+        if decider is not None and (seen := half.seen) is not None:
             with torch.no_grad():
-                decision = decider(state)
+                decision = decider(State(stream.rows, seen.normed, seen.key, seen.value, seen.attention, stream.sizes(), layout))
             book.entered[index] = decision.entered
             stream.carry_out(decision, decider.restoration)
-        book.add(layout.counts, layout.counts, stream.layout.counts)
+        book.add(layout.counts, layout.counts, stream.layout.counts, block.heads)
         stream.feed(block.feed)
 
-    def _log_size(self, index: int, stream: Stream) -> Tensor | None:
-        """What attention adds to its logits: ``[rows]``, ``[rows, heads]`` where heads differ, None while every token has size 1."""
-        if stream.size is None:
-            return None
-        log_size = stream.size.log()
+    def _size_power(self, index: int) -> Tensor | None:
+        """To which power sizes count in the attention of the heads a block has, ``[heads]``; None where it is one for all."""
         if self._plain_sizes and not self.size_exponent.requires_grad:
-            return log_size
-        return log_size[:, None] * self.size_exponent[index, self._heads[index]]
+            return None
+        return self.size_exponent[index, self._heads[index]]
+
+    def _gate(self, index: int) -> Gate:
+        return cast(Gate, self.gates[str(index)])
+
+    def _stay(self, index: int, block: HostBlock, stream: Stream, book: _Book) -> Tensor | None:
+        """Which heads stay, ``[images, heads]``; None where all do."""
+        if str(index) not in self.gates:
+            return None
+        stay: Tensor = self._gate(index)(reader_row(block, stream.rows, stream.size, stream.layout))
+        book.stay[index] = stay
+        return None if bool(stay.all()) else stay
 
     def _traffic(self, book: _Book) -> Traffic:
         """The account of a run: who went where, and what deciding and merging cost each image."""
         anatomy = self.plan.model.anatomy
         attended, queries, fed = (np.array(column, dtype=np.int64).T for column in (book.attended, book.queries, book.fed))
-        deciding: Counts = np.zeros(len(attended), dtype=np.int64)
+        heads: Counts = np.tile(np.array(book.heads, dtype=np.int64), (len(attended), 1))
+        for block, stay in book.stay.items():
+            heads[:, block] = stay.sum(1).cpu().numpy()
+        deciding: Counts = np.full(len(attended), sum(self._gate(block).macs for block in book.stay), dtype=np.int64)
         for cut in self.plan.tokens:
             if self.plan.skip_unread and cut.block == anatomy.depth - 1:
                 continue  # its patches do not get as far as a decision
             decider, tokens = cast(Decider, self.deciders[str(cut.block)]), attended[:, cut.block]
             deciding = deciding + decider.macs(np.array(book.entered[cut.block], dtype=np.int64), anatomy.prefix_tokens)
             if decider.reads_attention:
-                deciding = deciding + tokens * self.host.blocks[cut.block].heads * anatomy.head_dim
+                deciding = deciding + tokens * heads[:, cut.block] * anatomy.head_dim
             if cut.combine == "merge":
                 deciding = deciding + (tokens - fed[:, cut.block]) * anatomy.width
-        return Traffic(attended, queries, fed, deciding)
+        return Traffic(attended, queries, fed, deciding, heads)
+
+    def _used(self, book: _Book, images: int, device: torch.device) -> Tensor:
+        """Which of the dense model's heads ran, ``[images, depth, heads]``."""
+        anatomy = self.plan.model.anatomy
+        used = torch.ones(images, anatomy.depth, anatomy.heads, dtype=torch.bool, device=device)
+        for cut in self.plan.heads:
+            used[:, cut.block, list(cut.remove)] = False
+        for block, stay in book.stay.items():
+            left = used[0, block].nonzero().flatten()
+            used[:, block, left] = stay
+        return used
 
     def _finish(self, stream: Stream) -> Tensor:
         """Logits from the last rows; a pooling classifier weighs every token by its size."""
@@ -242,13 +281,14 @@ class GraftedViT(nn.Module):
     def _finish_readers(self, stream: Stream, book: _Book) -> Tensor:
         """The last block for the prefix alone: nobody reads its patch tokens, so leaving them out changes nothing."""
         block, layout = self.host.blocks[-1], stream.layout
-        prefix = layout.prefix_rows(stream.rows)
-        projected = block.project_readers(stream.rows, prefix, stream.place)
-        log_size = self._log_size(len(self.host.blocks) - 1, stream)
-        prefix = prefix + block.merge_heads(attend_readers(projected, log_size, layout, block.scale))
+        last = len(self.host.blocks) - 1
+        stay = self._stay(last, block, stream, book)
+        power = self._size_power(last)
+        update = readers_half(block, stream, power) if stay is None else gated_readers_half(self._gate(last), stay, block, stream, power)
+        prefix = layout.prefix_rows(stream.rows) + update
         prefix = prefix + block.feed(prefix)
         readers = (layout.prefix,) * len(layout.counts)
-        book.add(layout.counts, readers, readers)
+        book.add(layout.counts, readers, readers, block.heads)
         return self.host.readout(self.host.norm(prefix), None)
 
     def _check(self, images: Tensor) -> None:
@@ -261,15 +301,18 @@ class GraftedViT(nn.Module):
 
 
 class _Book:
-    """Keeps count of the tokens block by block, and of those that entered each round of a decision."""
+    """Keeps count of tokens and heads block by block, of the tokens that entered each round of a decision, and of the heads that stayed."""
 
     def __init__(self) -> None:
         self.attended: list[tuple[int, ...]] = []
         self.queries: list[tuple[int, ...]] = []
         self.fed: list[tuple[int, ...]] = []
+        self.heads: list[int] = []
         self.entered: dict[int, tuple[tuple[int, ...], ...]] = {}
+        self.stay: dict[int, Tensor] = {}
 
-    def add(self, attended: tuple[int, ...], queries: tuple[int, ...], fed: tuple[int, ...]) -> None:
+    def add(self, attended: tuple[int, ...], queries: tuple[int, ...], fed: tuple[int, ...], heads: int) -> None:
         self.attended.append(attended)
         self.queries.append(queries)
         self.fed.append(fed)
+        self.heads.append(heads)

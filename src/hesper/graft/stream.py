@@ -53,6 +53,15 @@ class Stream:
         """``[rows]`` sizes, ones included."""
         return torch.ones_like(self.rows[:, 0]) if self.size is None else self.size
 
+    def log_sizes(self, power: Tensor | None = None) -> Tensor | None:
+        """What attention adds to its logits: log s ``[rows]``, or with a ``power`` p ``[heads]`` p log s ``[rows, heads]``.
+
+        None while every token has size 1.
+        """
+        if self.size is None:
+            return None
+        return self.size.log() if power is None else self.size.log()[:, None] * power
+
     def carry_out(self, decision: Decision, restoration: Restoration | None = None) -> None:
         """Take the decided tokens out; what is merged leaves its mass where it goes (:func:`~hesper.graft.restoration.restored_mean`)."""
         if not len(decision.gone):

@@ -10,7 +10,7 @@ from hesper.errors import JobError, UsageError
 from hesper.heart.family import Family
 from hesper.measure.bounds import disagreement_p_value, images_needed, mean_upper_bound, provable_disagreement
 from hesper.measure.evaluate import Evaluation, estimate
-from hesper.plan import Budget, Measured, OperatingPoint, Plan, at_dial
+from hesper.plan import Budget, HeadGate, Measured, OperatingPoint, Plan, TokenCut, at_dial
 
 Trial = Callable[[Plan], Evaluation]
 
@@ -96,8 +96,8 @@ def _prove(family: Family, dials: Sequence[float], points: list[OperatingPoint],
     verdict = None
     for dial in dials:
         plan = family.at(dial)
-        cuts = (plan.tokens, plan.heads)
-        same = last is not None and (last[0].tokens, last[0].heads) == cuts
+        cuts = (plan.tokens, plan.heads, plan.gates)
+        same = last is not None and (last[0].tokens, last[0].heads, last[0].gates) == cuts
         evaluation = last[1] if last is not None and same else trial(plan)
         last = (plan, evaluation)
         proven.append((dial, plan, evaluation))
@@ -117,11 +117,16 @@ def _prove(family: Family, dials: Sequence[float], points: list[OperatingPoint],
 
 
 def _turns_to(plan: Plan, other: Plan, dial: float) -> bool:
-    """Whether turning the dial of ``plan`` gives ``other``: heads, and thresholds of a symmetric schedule, do not turn with it."""
+    """Whether turning the dial of ``plan`` gives ``other``: removed heads, and thresholds of a symmetric schedule, do not turn with it."""
     if plan.dial is None or other.heads != plan.heads:
         return False
-    turned = (cut.threshold or 0.0 for cut in at_dial(plan, dial).tokens)
-    return all(math.isclose(mine, cut.threshold or 0.0, rel_tol=1e-9) for mine, cut in zip(turned, other.tokens, strict=True))
+    turned = at_dial(plan, dial)
+    return _alike(turned.tokens, other.tokens) and _alike(turned.gates, other.gates)
+
+
+def _alike(mine: Sequence[TokenCut | HeadGate], theirs: Sequence[TokenCut | HeadGate]) -> bool:
+    pairs = zip(mine, theirs, strict=True)
+    return all(math.isclose(own.threshold or 0.0, other.threshold or 0.0, rel_tol=1e-9) for own, other in pairs)
 
 
 def _with_neighbours(chosen: Chosen, trial: Trial) -> Chosen:
@@ -177,7 +182,7 @@ class _Placement:
     @property
     def weighted_drift(self) -> float:
         """Mean drift, made worse by every decision."""
-        decisions = len(self.family.blocks)
+        decisions = self.family.decisions
         return (float(self.evaluation.drift_kl.mean()) + IMPERCEPTIBLE * decisions) * DECISION_DRIFT**decisions
 
 
@@ -246,7 +251,7 @@ def _place_risk(families: Sequence[Family], budget: Budget, tune: Callable[[Fami
                 dial, macs = middle, evaluation.kept_macs.mean
             else:
                 high = middle
-        spent = macs + DECISION_MACS * len(family.blocks)
+        spent = macs + DECISION_MACS * family.decisions
         if best is None or spent < best[0]:
             best = (spent, dial, family, tried)
     assert best is not None
@@ -255,8 +260,10 @@ def _place_risk(families: Sequence[Family], budget: Budget, tune: Callable[[Fami
 
 
 def _refines_nothing(family: Family, best: Family, dial: float) -> bool:
-    """Whether cutting heads too need not be tried: its blocks are not the best, or at ``dial`` no head is cheap enough."""
-    return bool(family.heads == "static" and family.blocks and (family.blocks != best.blocks or not family.head_cuts(dial)))
+    """Whether cutting heads too need not be tried: its blocks are not the best, or at ``dial`` no head is cheap enough for good."""
+    if family.heads == "none" or not family.blocks:
+        return False
+    return family.blocks != best.blocks or (family.heads == "static" and not family.head_cuts(dial))
 
 
 def _risk(budget: Budget, evaluation: Evaluation) -> float:

@@ -75,11 +75,13 @@ class StreamCurvature:
     """Gauss-Newton curvature of the loss in the token stream after each block's attention.
 
     ``second_moment`` ``[depth, width, width]`` is the sum over images and patches of every token's own curvature block;
-    ``strength`` ``[images, depth, patches]`` the trace of that block.
+    ``strength`` ``[images, depth, patches]`` the trace of that block. ``heads`` ``[images, depth, heads]`` (where asked for) is the
+    price of every head on the same draws.
     """
 
     second_moment: Tensor
     strength: Tensor
+    heads: Tensor | None = None
 
 
 def sensitivity(host: Host, batch: Batch, criterion: Criterion, generator: Randomness) -> Sensitivity:
@@ -103,18 +105,42 @@ def sensitivity(host: Host, batch: Batch, criterion: Criterion, generator: Rando
     return Sensitivity(price[TOKEN_GATES], price[HEAD_GATES], bend.stderr[TOKEN_GATES] / 2, bend.stderr[HEAD_GATES] / 2)
 
 
-def stream_curvature(host: Host, batch: Batch, criterion: Criterion, generator: Randomness) -> StreamCurvature:
+def head_prices(host: Host, batch: Batch, criterion: Criterion, generator: Randomness) -> Tensor:
+    """Prices of removing every head for each image, ``[images, depth, heads]``: half the Fisher diagonal of its gate.
+
+    Raises:
+        UsageError: the criterion is not ``kl``.
+    """
+    check_prices_heads(criterion)
+    lens = gated_lens(host, len(batch.images), DenseKL(criterion.temperature), HEAD_GATES, like=batch.images)
+    return fisher_diagonal(lens, [batch], criterion.draws, generator).mean[HEAD_GATES] / 2
+
+
+def check_prices_heads(criterion: Criterion) -> None:
+    """UsageError for criteria under which the price of a head on a single image may be negative: gates predict its logarithm."""
+    if criterion.name != "kl":
+        raise UsageError(
+            f"Under the criterion '{criterion.name}' a head may cost less than nothing on an image, and heads that adapt go by the "
+            "logarithm of their price; use the criterion 'kl', or --heads static."
+        )
+
+
+def stream_curvature(host: Host, batch: Batch, criterion: Criterion, generator: Randomness, *, with_heads: bool = False) -> StreamCurvature:
     """The stream's curvature under a criterion: Fisher samples (``kl``), label gradients (``ce``), or isotropic (``heart``).
 
     For ``heart`` the score z^T H z of a token is spread evenly over directions: its block is (z^T H z / |z|^2) times the identity.
+    The prices of heads come out of the same backward passes; UsageError where the criterion does not price them.
     """
+    if with_heads:
+        check_prices_heads(criterion)
     if criterion.name == "heart":
         return _isotropic(host, batch, criterion, generator)
     loss = DenseKL(criterion.temperature) if criterion.name == "kl" else CrossEntropy()
-    lens = gated_lens(host, len(batch.images), loss, TOKEN_SHIFTS, like=batch.images)
-    shifts = lens.at[TOKEN_SHIFTS].requires_grad_()
+    names = (TOKEN_SHIFTS, HEAD_GATES) if with_heads else (TOKEN_SHIFTS,)
+    lens = gated_lens(host, len(batch.images), loss, *names, like=batch.images)
+    point = {name: lens.at[name].requires_grad_() for name in names}
     with torch.enable_grad():
-        logits = lens.logits({TOKEN_SHIFTS: shifts}, batch)
+        logits = lens.logits(point, batch)
         if criterion.name == "kl":
             starts = list(loss.sample_output_gradients(logits, criterion.draws, generator))
         else:
@@ -122,17 +148,21 @@ def stream_curvature(host: Host, batch: Batch, criterion: Criterion, generator: 
             starts = [start]
         total: StreamCurvature | None = None
         for index, start in enumerate(starts):
-            (slope,) = torch.autograd.grad(logits, shifts, start, retain_graph=index + 1 < len(starts))
-            total = _accumulate(total, slope[:, :, host.anatomy.prefix_tokens :], len(starts))
+            slopes = torch.autograd.grad(logits, list(point.values()), start, retain_graph=index + 1 < len(starts))
+            heads = slopes[1].square() / (2 * len(starts)) if with_heads else None
+            total = _accumulate(total, slopes[0][:, :, host.anatomy.prefix_tokens :], heads, len(starts))
     assert total is not None
     return total
 
 
-def _accumulate(total: StreamCurvature | None, slope: Tensor, draws: int) -> StreamCurvature:
+def _accumulate(total: StreamCurvature | None, slope: Tensor, heads: Tensor | None, draws: int) -> StreamCurvature:
     """Add one draw: outer products per block by one matrix product, squared norms per token."""
     rows = slope.transpose(0, 1).flatten(1, 2)
     moment, strength = rows.transpose(1, 2) @ rows / draws, slope.square().sum(-1) / draws
-    return StreamCurvature(moment, strength) if total is None else StreamCurvature(total.second_moment + moment, total.strength + strength)
+    if total is None:
+        return StreamCurvature(moment, strength, heads)
+    heads = None if heads is None or total.heads is None else total.heads + heads
+    return StreamCurvature(total.second_moment + moment, total.strength + strength, heads)
 
 
 def _activation_scores(host: Host, batch: Batch, criterion: Criterion, generator: Randomness) -> Sensitivity:

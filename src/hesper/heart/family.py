@@ -11,10 +11,10 @@ from torch import Tensor
 
 from hesper.cost import head_macs, token_macs
 from hesper.heart.fit import Atlas
-from hesper.plan import Anatomy, Combine, HeadCut, Plan, TokenCut
+from hesper.plan import Anatomy, Combine, HeadCut, HeadGate, Plan, TokenCut
 
 Counts = Literal["adaptive", "fixed"]
-Heads = Literal["none", "static"]
+Heads = Literal["none", "static", "adaptive"]
 Stages = Literal["third-middle", "alternate-early", "alternate-middle", "alternate", "every-early", "every"]
 # Step from one deciding block to the next, and the shares of the depth where deciding begins and ends.
 STAGES: dict[Stages, tuple[int, float, float]] = {
@@ -33,6 +33,8 @@ SPARSE: tuple[Stages, ...] = ("third-middle", "alternate-early", "alternate-midd
 class Family:
     """Plans indexed by a dial in nats: a token leaves where its price is below the dial, a head where its price per MAC is.
 
+    Heads that adapt sit out image by image where static ones leave for all.
+
     ``blank`` is the plan without cuts; ``blocks`` are those that let tokens go; ``atlas`` holds the head prices. With fixed counts
     or a symmetric schedule, ``calibrated`` turns the dial into cuts by looking at calibration images.
     """
@@ -48,19 +50,35 @@ class Family:
     def at(self, dial: float) -> Plan:
         """The family's member at ``dial`` nats."""
         tokens = tuple(TokenCut(block, self.combine, threshold=dial) for block in self.blocks)
-        plan = replace(self.blank, tokens=tokens, heads=self.head_cuts(dial), dial=dial if tokens else None)
+        gates = self.head_gates(dial)
+        plan = replace(self.blank, tokens=tokens, heads=self.head_cuts(dial), gates=gates, dial=dial if tokens or gates else None)
         if self.calibrated is None:
             return plan
         cuts = self.calibrated(plan)
-        return replace(plan, tokens=cuts, dial=dial if any(cut.threshold is not None for cut in cuts) else None)
+        return replace(plan, tokens=cuts, dial=dial if gates or any(cut.threshold is not None for cut in cuts) else None)
+
+    @property
+    def decisions(self) -> int:
+        """How many times an image is decided on: gates, too, take time that MACs do not show."""
+        return len(self.blocks) + len(self.head_gates(1.0))
 
     def head_cuts(self, dial: float) -> tuple[HeadCut, ...]:
         """Heads whose price per MAC is below that of the dearest token cut: dial / MACs a token saves on average."""
-        if self.heads == "none":
+        if self.heads != "static":
             return ()
+        return affordable_heads(self.atlas.heads, self.blank.model.anatomy, self._price_per_mac(dial))
+
+    def head_gates(self, dial: float) -> tuple[HeadGate, ...]:
+        """A gate in every block, at the price per MAC of the dearest token cut; none where a block has but one head."""
         anatomy = self.blank.model.anatomy
-        saved = token_macs(anatomy, self.blocks) if self.blocks else head_macs(anatomy)
-        return affordable_heads(self.atlas.heads, anatomy, dial / saved)
+        if self.heads != "adaptive" or anatomy.heads == 1:
+            return ()
+        limit = self._price_per_mac(dial) * head_macs(anatomy)
+        return tuple(HeadGate(block, limit) for block in range(anatomy.depth))
+
+    def _price_per_mac(self, dial: float) -> float:
+        anatomy = self.blank.model.anatomy
+        return dial / (token_macs(anatomy, self.blocks) if self.blocks else head_macs(anatomy))
 
 
 def affordable_heads(prices: Tensor, anatomy: Anatomy, price_per_mac: float) -> tuple[HeadCut, ...]:

@@ -12,8 +12,10 @@ from hesper.curvature import Batch, image_generators
 from hesper.errors import JobError, UsageError
 from hesper.graft.attention import attend, reader_attention
 from hesper.graft.deciders import State
+from hesper.graft.gates import mean_row
 from hesper.graft.layout import Layout
-from hesper.heart.criteria import Criterion, sensitivity, stream_curvature
+from hesper.heart.criteria import Criterion, check_prices_heads, head_prices, sensitivity, stream_curvature
+from hesper.heart.gate_fit import GateFit
 from hesper.heart.metric import metric_root
 from hesper.heart.ridge import Ridge
 from hesper.hosts import Host
@@ -25,13 +27,15 @@ SMALLEST = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """What pricing needs online, by name (see :func:`hesper.graft.graft`), and how well the routers explain their targets.
+    """What pricing needs online, by name (see :func:`hesper.graft.graft`), and how well routers and gates explain their targets.
 
-    ``explained`` has the share of the log target's variance per block.
+    ``explained`` has the share of the log target's variance per block; ``gates_explained`` what gates will explain on other images,
+    as cross-validation foretells it, in the mean over a block's heads.
     """
 
     tensors: dict[str, Tensor]
     explained: tuple[float, ...]
+    gates_explained: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,21 +52,28 @@ class Atlas:
 
 
 def fit_tables(
-    host: Host, batches: Iterable[Batch], criterion: Criterion, combine: Combine, rank: int, generator: torch.Generator
+    host: Host,
+    batches: Iterable[Batch],
+    criterion: Criterion,
+    combine: Combine | None,
+    rank: int,
+    generator: torch.Generator,
+    *,
+    gates: bool = False,
 ) -> Tables:
-    """Fit metric and router of every block on the dense trajectory of calibration images.
+    """Fit metric and router of every block on the dense trajectory of calibration images; with ``gates`` those of the heads too.
 
     Merging needs the curvature metric (in ``rank`` dimensions) and a router for the token curvature w relative to it; dropping
     needs a router for the price of deletion. Routers are ridge regressions of the log target on the normalised token and the log
-    attention the reader pays it.
+    attention the reader pays it. Without ``combine`` no token is to go, and gates alone are fitted.
 
     Raises:
-        UsageError: no images, a rank above the width, or labels missing for the criterion.
+        UsageError: no images, a rank above the width, labels missing for the criterion, or gates under one that is not ``kl``.
         JobError: the model's outputs or curvatures are not finite.
     """
     if not 1 <= rank <= host.anatomy.width:
         raise UsageError(f"The rank must lie between 1 and the model's width {host.anatomy.width}, not {rank}.")
-    sums = FitSums(host, criterion, combine, generator)
+    sums = FitSums(host, criterion, combine, generator, gates=gates)
     for batch in batches:
         sums.add(batch)
     return sums.tables(rank)
@@ -130,43 +141,65 @@ class SurveySums:
 class FitSums:
     """Running sums over calibration images; memory does not grow with their number."""
 
-    def __init__(self, host: Host, criterion: Criterion, combine: Combine, generator: torch.Generator) -> None:
+    def __init__(
+        self, host: Host, criterion: Criterion, combine: Combine | None, generator: torch.Generator, *, gates: bool = False
+    ) -> None:
+        if gates:
+            check_prices_heads(criterion)
         anatomy = host.anatomy
         square = (anatomy.depth, anatomy.width, anatomy.width)
         self.host, self.criterion, self.combine, self.generator = host, criterion, combine, generator
         self.images = torch.zeros((), dtype=torch.float64)
         self.moment = torch.zeros(square, dtype=torch.float64)
         self.covariance = torch.zeros(square, dtype=torch.float64)
-        self.routers = [Ridge(anatomy.width + anatomy.heads) for _ in range(anatomy.depth)]
+        self.routers = [Ridge(anatomy.width + anatomy.heads) for _ in range(anatomy.depth if combine else 0)]
+        self.gates = [GateFit(anatomy.width, anatomy.heads) for _ in range(anatomy.depth if gates else 0)]
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums themselves, float64 on the CPU: what another process adds to them counts."""
         routers = {f"router.{block}": router.moments for block, router in enumerate(self.routers)}
-        return {"images": self.images, "moment": self.moment, "covariance": self.covariance, **routers}
+        gates = {f"gate.{block}": gate.moments for block, gate in enumerate(self.gates)}
+        prices = {f"gate.{block}.price": gate.prices for block, gate in enumerate(self.gates)}
+        return {"images": self.images, "moment": self.moment, "covariance": self.covariance, **routers, **gates, **prices}
 
     def add(self, batch: Batch) -> None:
         """Add what the criterion finds on a batch; JobError when it is not finite."""
         generators = image_generators(batch.images, self.generator)
         if self.combine == "merge":
-            found = stream_curvature(self.host, batch, self.criterion, generators)
-            self.add_curvature(batch, found.second_moment, found.strength)
+            curvature = stream_curvature(self.host, batch, self.criterion, generators, with_heads=bool(self.gates))
+            self.add_curvature(batch, curvature.second_moment, curvature.strength, curvature.heads)
+        elif self.combine == "drop":
+            found = sensitivity(self.host, batch, self.criterion, generators)
+            self.add_curvature(batch, None, found.tokens, found.heads if self.gates else None)
         else:
-            self.add_curvature(batch, None, sensitivity(self.host, batch, self.criterion, generators).tokens)
+            self.add_curvature(batch, None, None, head_prices(self.host, batch, self.criterion, generators))
 
-    def add_curvature(self, batch: Batch, moment: Tensor | None, target: Tensor) -> None:
-        """Add a batch: the metric's second moments (or None) and the routers' targets ``[images, depth, patches]``."""
-        if not bool(torch.isfinite(target).all()):
-            raise JobError("The curvature of a calibration batch is not finite; check the model's weights and the images.")
+    def add_curvature(self, batch: Batch, moment: Tensor | None, target: Tensor | None, heads: Tensor | None = None) -> None:
+        """Add a batch: the metric's second moments (or None), the routers' targets ``[images, depth, patches]`` and the gates'.
+
+        The gates' are prices ``[images, depth, heads]``; either may be None where nothing of its kind is fitted.
+        """
+        for found in (target, heads):
+            if found is not None and not bool(torch.isfinite(found).all()):
+                raise JobError("The curvature of a calibration batch is not finite; check the model's weights and the images.")
         if moment is not None:
             self.moment += moment.double().cpu()
-        floor = (SMALLEST * target.clamp_min(0).mean((0, 2))).clamp_min(torch.finfo(target.dtype).tiny)
         for block, state in enumerate(dense_states(self.host, batch.images)):
-            patches = state.layout.padded(state.stream)
-            centred = (patches - patches.mean(1, keepdim=True)).flatten(0, 1).double().cpu()
-            self.covariance[block] += centred.T @ centred
-            features = state.layout.padded(torch.cat([state.normed, state.attention], 1)).flatten(0, 1)
-            self.routers[block].add(features.cpu(), target[:, block].flatten().clamp_min(floor[block]).log().cpu())
+            if target is not None:
+                self._add_tokens(block, state, target)
+            if heads is not None:
+                prefix = state.layout.prefix_rows(state.normed)
+                row = prefix[:, 0] if state.layout.prefix else mean_row(state.normed, None, state.layout)
+                self.gates[block].add(row.cpu(), heads[:, block].cpu())
         self.images += len(batch.images)
+
+    def _add_tokens(self, block: int, state: State, target: Tensor) -> None:
+        floor = (SMALLEST * target.clamp_min(0).mean((0, 2))).clamp_min(torch.finfo(target.dtype).tiny)
+        patches = state.layout.padded(state.stream)
+        centred = (patches - patches.mean(1, keepdim=True)).flatten(0, 1).double().cpu()
+        self.covariance[block] += centred.T @ centred
+        features = state.layout.padded(torch.cat([state.normed, state.attention], 1)).flatten(0, 1)
+        self.routers[block].add(features.cpu(), target[:, block].flatten().clamp_min(floor[block]).log().cpu())
 
     def tables(self, rank: int) -> Tables:
         """Solve for every block; UsageError without images."""
@@ -188,4 +221,9 @@ class FitSums:
             tensors[f"{block}.router.attention"] = weights[anatomy.width :].float()
             tensors[f"{block}.router.mean_attention"] = router.mean[anatomy.width :].float()
             tensors[f"{block}.router.offset"] = torch.tensor(offset)
-        return Tables(tensors, tuple(explained))
+        shares = []
+        for block, gate in enumerate(self.gates):
+            direction, offsets, foretold = gate.solve()
+            shares.append(float(foretold.mean()))
+            tensors[f"{block}.gate.direction"], tensors[f"{block}.gate.offset"] = direction.float(), offsets.float()
+        return Tables(tensors, tuple(explained), tuple(shares))

@@ -171,4 +171,4 @@ class StoredLogits(Sequence[Tensor]):
 
 
 def _cuts(plan: Plan) -> str:
-    return hashlib.sha256(repr((plan.tokens, plan.heads, plan.skip_unread)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((plan.tokens, plan.heads, plan.gates, plan.skip_unread)).encode()).hexdigest()[:16]

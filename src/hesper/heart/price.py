@@ -22,8 +22,8 @@ def plan_price(host: Host, cut: GraftedViT, batch: Batch, loss: Loss) -> Tensor:
 
         Delta L = grad L . v + v . H v / 2
 
-    where the step v closes the gates of dropped tokens and removed heads, and displaces merged tokens to the mean of those they
-    are merged with (all as the plan decides on these images). One Hessian-vector product prices all cuts at once.
+    where the step v closes the gates of dropped tokens, of removed heads and of heads that sit out, and displaces merged tokens to
+    the mean of those they are merged with (all as the plan decides on these images). One Hessian-vector product prices all cuts at once.
 
     Args:
         host: the dense model.
@@ -43,23 +43,22 @@ def plan_step(host: Host, cut: GraftedViT, images: Tensor) -> dict[str, Tensor]:
     """Where a plan moves gates and stream of the dense model: the step v of :func:`plan_price`, zero where nothing is cut."""
     anatomy = host.anatomy
     with torch.no_grad():
-        sources = cut.run(images, trace=True).sources or ()
+        outcome = cut.run(images, trace=True)
         streams = gated_forward(host, images).streams
     patches = anatomy.tokens - anatomy.prefix_tokens
     gates = images.new_zeros(len(images), anatomy.depth, patches)
     shifts = images.new_zeros(len(images), anatomy.depth, anatomy.tokens, anatomy.width)
-    heads = images.new_zeros(len(images), anatomy.depth, anatomy.heads)
     before = torch.arange(patches, device=images.device).expand(len(images), -1)
     restorations = {int(name): cast(Decider, decider).restoration for name, decider in cut.deciders.items()}
-    for block, after in enumerate(sources):
+    for block, after in enumerate(outcome.sources or ()):
         gates[:, block][(after < 0) & (before >= 0)] = -1.0
         tokens = streams[block][:, anatomy.prefix_tokens :]
         own = restorations.get(block)
         moved = group_mean(tokens, after, own) - group_mean(tokens, before, own)
         shifts[:, block, anatomy.prefix_tokens :] = moved * (after >= 0)[..., None]
         before = after
-    for head_cut in cut.plan.heads:
-        heads[:, head_cut.block, list(head_cut.remove)] = -1.0
+    assert outcome.used is not None
+    heads = -(~outcome.used).to(images.dtype)
     step = {TOKEN_GATES: gates, TOKEN_SHIFTS: shifts, HEAD_GATES: heads}
     return {name: value for name, value in step.items() if bool(value.any())} or {HEAD_GATES: heads}
 

@@ -17,7 +17,7 @@ from hesper.errors import UsageError
 from hesper.graft import GraftedViT, graft
 from hesper.heart.budget import Chosen, Trial, check_sample, choose
 from hesper.heart.calibrate import Calibration, calibration
-from hesper.heart.criteria import Criterion
+from hesper.heart.criteria import Criterion, check_prices_heads
 from hesper.heart.family import SPARSE, STAGES, Counts, Family, Heads, Stages, deciding_blocks
 from hesper.heart.fit import Atlas, FitSums, SurveySums, Tables
 from hesper.heart.passes import Passes, Report, StoredLogits
@@ -64,6 +64,10 @@ class Settings:
             raise UsageError(f"The seed is {self.seed}; it must be a whole number from 0 to 2^63 - 1.")
         if min(self.rank, self.batch_size, self.rounds) < 1 or not 0 <= self.gamma < float("inf"):
             raise UsageError("Rank, rounds and batch size must be at least 1, and gamma a number of at least 0.")
+        if self.heads == "adaptive":
+            check_prices_heads(self.criterion)
+            if self.counts == "fixed":
+                raise UsageError("Fixed counts promise every image the same work, which heads that adapt break; use --heads static.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +141,7 @@ class _Job:
         started = time.perf_counter()
         atlas = self._survey()
         started = self._clock("survey", started)
-        tables = self._fit() if settings.tokens else Tables({}, ())
+        tables = self._fit() if settings.tokens or settings.heads == "adaptive" else Tables({}, ())
         started = self._clock("fit", started)
         compare = self._trial("compare", tables) if len(self.fit) > len(self.tune) else None
         families, tune, prove = self._families(tables, atlas), self._trial("tune", tables), self._trial("verify", tables)
@@ -159,8 +163,9 @@ class _Job:
 
     def _fit(self) -> Tables:
         settings = self.settings
-        sums = FitSums(self.model.host, settings.criterion, settings.combine, self.generator)
-        self.passes.accumulate("fit", "Fit metric and router", self.fit, sums)
+        combine, gates = settings.combine if settings.tokens else None, settings.heads == "adaptive"
+        sums = FitSums(self.model.host, settings.criterion, combine, self.generator, gates=gates)
+        self.passes.accumulate("fit", "Fit metric and router" if combine else "Fit gates", self.fit, sums)
         # Processors of different makes may solve to other last digits, and every process has to search with the same tables.
         return self.team.first(sums.tables(settings.rank))
 
@@ -178,7 +183,7 @@ class _Job:
         stages: dict[str, tuple[int, ...]] = (
             {name: blocks for blocks, name in reversed(sets.items())} if settings.tokens else {"heads alone": ()}
         )
-        heads: list[Heads] = ["none", "static"] if settings.heads == "static" and settings.tokens else [settings.heads]
+        heads: list[Heads] = ["none", settings.heads] if settings.heads != "none" and settings.tokens else [settings.heads]
         shape = calibration(
             self.model.host.module,
             tables.tensors,

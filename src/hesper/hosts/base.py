@@ -40,6 +40,13 @@ class HostBlock(Protocol):
     def scale(self) -> float:
         """Factor on the attention logits."""
 
+    @property
+    def attention(self) -> nn.Module:
+        """The submodule that holds the weights of the heads."""
+
+    def normed(self, stream: Tensor) -> Tensor:
+        """The norm that ``[..., width]`` rows pass before queries, keys and values are made of them."""
+
     def project(self, stream: Tensor, place: Tensor | None = None) -> Projected:
         """Norm, queries, keys and values of ``[..., width]`` rows at ``place`` ``[...]``."""
 
@@ -54,6 +61,9 @@ class HostBlock(Protocol):
 
     def remove_heads(self, heads: Sequence[int]) -> None:
         """Take heads out of the weights for good, in place."""
+
+    def without_heads(self, heads: Sequence[int]) -> HostBlock:
+        """A block like this one in which heads have left a copy of the attention weights; it shares all else with this one."""
 
 
 class Host(Protocol):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hesper.errors import UsageError
 from hesper.hosts.base import HostBlock, Projected
-from hesper.hosts.parts import kept_columns, linear_weights, mean, sliced
+from hesper.hosts.parts import kept_columns, linear_weights, mean, sliced, twin
 from hesper.plan import Anatomy
 
 VITS = ("ViTForImageClassification", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher")
@@ -54,6 +54,17 @@ class HfBlock:
         """Factor on the attention logits."""
         return float(self.attn.scaling)
 
+    @property
+    def attention(self) -> nn.Module:
+        """The submodule that holds the weights of the heads."""
+        own: nn.Module = self.attn
+        return own
+
+    def normed(self, stream: Tensor) -> Tensor:
+        """The norm that ``[..., width]`` rows pass before queries, keys and values are made of them."""
+        out: Tensor = self.norm1(stream)
+        return out
+
     def project(self, stream: Tensor, place: Tensor | None = None) -> Projected:
         """Norm, queries, keys and values of ``[..., width]`` rows."""
         return self.project_readers(stream, stream)
@@ -85,6 +96,12 @@ class HfBlock:
             setattr(attn, name, sliced(getattr(attn, name), rows=columns))
         attn.o_proj = sliced(attn.o_proj, columns=columns)
         attn.num_attention_heads = len(columns) // int(attn.head_dim)
+
+    def without_heads(self, heads: Sequence[int]) -> HostBlock:
+        """A block like this one in which heads have left a copy of the attention weights."""
+        other: HfBlock = twin(self, self.layer, self.attention)
+        other.remove_heads(heads)
+        return other
 
 
 class HfViT:

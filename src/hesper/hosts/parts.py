@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,18 @@ def sliced(linear: nn.Linear, *, rows: Tensor | None = None, columns: Tensor | N
     if bias is not None:
         small.bias = nn.Parameter(bias.clone(), requires_grad=linear.weight.requires_grad)
     return small
+
+
+def twin(taken_apart: Any, block: nn.Module, attention: nn.Module, *shared: object) -> Any:
+    """A copy of a block that was taken apart, with an attention of its own; other submodules, and what is ``shared``, are the same.
+
+    >>> block = nn.ModuleDict({"attn": nn.Linear(2, 2), "mlp": nn.Linear(2, 2)})
+    >>> other = twin([block], block, block["attn"])[0]
+    >>> other["mlp"] is block["mlp"], other["attn"] is block["attn"]
+    (True, False)
+    """
+    same = [*(part for part in block.children() if part is not attention), *block.parameters(recurse=False), *shared]
+    return copy.deepcopy(taken_apart, {id(part): part for part in same})
 
 
 def mean(tokens: Tensor, weight: Tensor | None) -> Tensor:

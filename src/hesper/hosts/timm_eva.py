@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hesper.errors import UsageError
 from hesper.hosts.base import HostBlock, Projected
-from hesper.hosts.parts import kept_columns, sliced
+from hesper.hosts.parts import kept_columns, sliced, twin
 from hesper.hosts.timm_ends import MLPS, anatomy_of, check_ends, check_same_shape, read_out
 
 PARTS = ("q", "k", "v")
@@ -63,6 +63,17 @@ class TimmEvaBlock:
     def scale(self) -> float:
         """Factor on the attention logits."""
         return float(self.block.attn.scale)
+
+    @property
+    def attention(self) -> nn.Module:
+        """The submodule that holds the weights of the heads."""
+        own: nn.Module = self.block.attn
+        return own
+
+    def normed(self, stream: Tensor) -> Tensor:
+        """The norm that ``[..., width]`` rows pass before queries, keys and values are made of them."""
+        out: Tensor = self.block.norm1(stream)
+        return out
 
     def project(self, stream: Tensor, place: Tensor | None = None) -> Projected:
         """Norm, rotated queries and keys, and values of ``[..., width]`` rows at ``place``."""
@@ -144,6 +155,12 @@ class TimmEvaBlock:
         attn.num_heads = len(self.kept)
         if hasattr(attn, "attn_dim"):
             attn.num_kv_heads, attn.attn_dim, attn.kv_dim = len(self.kept), len(columns), len(columns)
+
+    def without_heads(self, heads: Sequence[int]) -> HostBlock:
+        """A block like this one in which heads have left a copy of the attention weights; both read the same rotations."""
+        other: TimmEvaBlock = twin(self, self.block, self.attention, self.rotation)
+        other.remove_heads(heads)
+        return other
 
     def _slice_bias(self, name: str, columns: Tensor) -> None:
         attn = self.block.attn

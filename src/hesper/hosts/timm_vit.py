@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hesper.errors import UsageError
 from hesper.hosts.base import HostBlock, Projected
-from hesper.hosts.parts import kept_columns, sliced
+from hesper.hosts.parts import kept_columns, sliced, twin
 from hesper.hosts.timm_ends import MLPS, anatomy_of, check_ends, check_same_shape, read_out
 
 
@@ -32,6 +32,17 @@ class TimmBlock:
     def scale(self) -> float:
         """Factor on the attention logits."""
         return float(self.block.attn.scale)
+
+    @property
+    def attention(self) -> nn.Module:
+        """The submodule that holds the weights of the heads."""
+        own: nn.Module = self.block.attn
+        return own
+
+    def normed(self, stream: Tensor) -> Tensor:
+        """The norm that ``[..., width]`` rows pass before queries, keys and values are made of them."""
+        out: Tensor = self.block.norm1(stream)
+        return out
 
     def project(self, stream: Tensor, place: Tensor | None = None) -> Projected:
         """Norm, queries, keys and values of ``[..., width]`` rows."""
@@ -76,6 +87,12 @@ class TimmBlock:
         attn.proj = sliced(attn.proj, columns=columns)
         attn.num_heads = len(columns) // attn.head_dim
         attn.attn_dim = len(columns)
+
+    def without_heads(self, heads: Sequence[int]) -> HostBlock:
+        """A block like this one in which heads have left a copy of the attention weights."""
+        other: TimmBlock = twin(self, self.block, self.attention)
+        other.remove_heads(heads)
+        return other
 
 
 class TimmViT:

@@ -12,7 +12,7 @@ __all__ = ["at_dial", "verified_range"]
 
 
 def at_dial(plan: Plan, dial: float) -> Plan:
-    """The plan with every threshold moved as the dial is, in nats; heads, which have left the weights, stay as they are.
+    """The plan with every threshold moved as the dial is, in nats; heads that have left the weights stay as they are.
 
     What was measured of the plan is left out, since it is of another place on the dial.
 
@@ -20,11 +20,13 @@ def at_dial(plan: Plan, dial: float) -> Plan:
         UsageError: the plan cuts by fixed counts and has no dial, or ``dial`` is no price.
     """
     if plan.dial is None:
-        raise UsageError("The plan cuts by fixed counts or cuts no token, so it has no dial; make a run with adaptive counts.")
+        raise UsageError("The plan cuts by fixed counts, or only heads for good, so it has no dial; make a run with adaptive counts.")
     if not 0 <= dial < math.inf:
-        raise UsageError(f"The dial is a price in nats, 0 or more, not {dial}; 0 keeps every token.")
-    moved = tuple(cut if cut.threshold is None else replace(cut, threshold=cut.threshold * (dial / plan.dial)) for cut in plan.tokens)
-    return replace(plan, tokens=moved, dial=dial or None, measured=None, expected_loss=None)
+        raise UsageError(f"The dial is a price in nats, 0 or more, not {dial}; 0 keeps everything that can be kept.")
+    turn = dial / plan.dial
+    moved = tuple(cut if cut.threshold is None else replace(cut, threshold=cut.threshold * turn) for cut in plan.tokens)
+    gates = tuple(replace(gate, threshold=gate.threshold * turn) for gate in plan.gates)
+    return replace(plan, tokens=moved, gates=gates, dial=dial or None, measured=None, expected_loss=None)
 
 
 def verified_range(plan: Plan) -> tuple[OperatingPoint, OperatingPoint] | None:

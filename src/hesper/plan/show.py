@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from hesper.plan.toml import plan_hash
-from hesper.plan.vocabulary import Budget, Estimate, HeadCut, Plan, TokenCut
+from hesper.plan.vocabulary import Budget, Estimate, HeadCut, HeadGate, Plan, TokenCut
 
 __all__ = ["render"]
 
@@ -86,14 +86,15 @@ def _labelled(label: str, text: str) -> list[str]:
 
 def _table(plan: Plan, room: int) -> list[str]:
     heads = {cut.block: cut for cut in plan.heads}
+    gates = {gate.block: gate for gate in plan.gates}
     tokens = {cut.block: cut for cut in plan.tokens}
     largest = {kind: max((_size(cut) for cut in plan.tokens if _kind(cut) == kind), default=0.0) for kind in ("price", "count")}
     rows = []
     for block in range(plan.model.anatomy.depth):
         cut = tokens.get(block)
         bar = "" if cut is None else "#" * round(_BAR * _size(cut) / (largest[_kind(cut)] or 1.0))
-        rows.append((str(block), f"{_tokens(cut):<25}{_heads(heads.get(block), plan):<26}{bar}".rstrip()))
-    note = f"{'block':>7}  {'tokens':<25}{'heads removed':<26}cut, largest = {_BAR} #"
+        rows.append((str(block), f"{_tokens(cut):<25}{_heads(heads.get(block), gates.get(block), plan):<26}{bar}".rstrip()))
+    note = f"{'block':>7}  {'tokens':<25}{'heads out':<26}cut, largest = {_BAR} #"
     if plan.skip_unread:
         return [note, *_rows(rows, room - 1), "         the last block computes only the tokens the classifier reads"]
     return [note, *_rows(rows, room)]
@@ -134,10 +135,11 @@ def _tokens(cut: TokenCut | None) -> str:
     return f"{cut.combine} {cut.remove}" if cut.threshold is None else f"{cut.combine} if < {cut.threshold:.3g} nats"
 
 
-def _heads(cut: HeadCut | None, plan: Plan) -> str:
-    if cut is None:
-        return "-"
-    return _clip(f"{len(cut.remove)} of {plan.model.anatomy.heads}: {', '.join(map(str, cut.remove))}", 25)
+def _heads(cut: HeadCut | None, gate: HeadGate | None, plan: Plan) -> str:
+    count = "" if cut is None else f"{len(cut.remove)} of {plan.model.anatomy.heads}"
+    if gate is not None:
+        return f"{count}, if <= {gate.threshold:.2g}" if count else f"if <= {gate.threshold:.3g} nats"
+    return "-" if cut is None else _clip(f"{count}: {', '.join(map(str, cut.remove))}", 25)
 
 
 def _printable(line: str) -> str:

@@ -8,7 +8,7 @@ import numbers
 from collections.abc import Iterator, Sequence
 
 from hesper.errors import UsageError
-from hesper.plan.vocabulary import SCHEMA, Anatomy, Budget, HeadCut, Plan, TokenCut
+from hesper.plan.vocabulary import SCHEMA, Anatomy, Budget, HeadCut, HeadGate, Plan, TokenCut
 
 __all__ = ["check_budget", "validate"]
 
@@ -23,14 +23,18 @@ def validate(plan: Plan) -> None:
     _check_anatomy(plan.model.anatomy)
     _check_blocks(plan.tokens, "tokens", plan.model.anatomy)
     _check_blocks(plan.heads, "heads", plan.model.anatomy)
+    _check_blocks(plan.gates, "gates", plan.model.anatomy)
     for index, token_cut in enumerate(plan.tokens):
         _check_token_cut(token_cut, f"tokens[{index}]", plan)
     for index, head_cut in enumerate(plan.heads):
         _check_head_cut(head_cut, f"heads[{index}]", plan.model.anatomy)
+    for index, gate in enumerate(plan.gates):
+        _check_gate(gate, f"gates[{index}]", plan)
     _check_token_total(plan)
     _check_pricing(plan)
-    if plan.dial is not None and (plan.dial <= 0 or not any(cut.threshold is not None for cut in plan.tokens)):
-        raise UsageError(f"dial is {plan.dial}; it must be above 0 and needs tokens with a threshold, or be left out")
+    turns = bool(plan.gates) or any(cut.threshold is not None for cut in plan.tokens)
+    if plan.dial is not None and (plan.dial <= 0 or not turns):
+        raise UsageError(f"dial is {plan.dial}; it must be above 0 and needs tokens or gates with a threshold, or be left out")
     check_budget(plan.budget)
     _check_evidence(plan)
 
@@ -59,7 +63,7 @@ def _check_anatomy(anatomy: Anatomy) -> None:
         raise UsageError(f"model.anatomy.prefix_tokens is {anatomy.prefix_tokens}; it must be between 0 and {anatomy.tokens - 1}")
 
 
-def _check_blocks(cuts: Sequence[TokenCut | HeadCut], name: str, anatomy: Anatomy) -> None:
+def _check_blocks(cuts: Sequence[TokenCut | HeadCut | HeadGate], name: str, anatomy: Anatomy) -> None:
     previous = -1
     for index, cut in enumerate(cuts):
         if not 0 <= cut.block < anatomy.depth:
@@ -98,6 +102,13 @@ def _check_head_cut(cut: HeadCut, path: str, anatomy: Anatomy) -> None:
         raise UsageError(f"{path}.remove names heads {list(cut.remove)}, but block {cut.block} has heads 0 to {anatomy.heads - 1}")
     if len(cut.remove) == anatomy.heads:
         raise UsageError(f"{path} removes all {anatomy.heads} heads of block {cut.block}; keep at least one")
+
+
+def _check_gate(gate: HeadGate, path: str, plan: Plan) -> None:
+    if gate.threshold < 0:
+        raise UsageError(f"{path}.threshold is {gate.threshold}; a price in nats is 0 or more")
+    if plan.pricing is None:
+        raise UsageError(f"{path} has a threshold but the plan has no [pricing] to compare it with; add the table or remove heads for good")
 
 
 def _check_pricing(plan: Plan) -> None:

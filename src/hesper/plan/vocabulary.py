@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-SCHEMA = 2
+SCHEMA = 3
 
 Combine = Literal["merge", "drop"]
 BudgetKind = Literal["macs", "loss", "disagreement"]
@@ -64,6 +64,14 @@ class HeadCut:
 
     block: int
     remove: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class HeadGate:
+    """Heads left in ``block`` sit out, image by image, where their predicted price in nats is at most ``threshold``; the dearest stays."""
+
+    block: int
+    threshold: float
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ class Provenance:
 class Plan:
     """Everything that will be cut from a model, why, and what it is expected to cost.
 
-    ``dial`` is the price in nats that the thresholds follow, None where tokens leave by count or not at all.
+    ``dial`` is the price in nats that the thresholds of tokens and gates follow, None where there is no threshold.
     """
 
     model: ModelRef
@@ -155,6 +163,7 @@ class Plan:
     points: tuple[OperatingPoint, ...]
     provenance: Provenance
     dial: float | None = None
+    gates: tuple[HeadGate, ...] = ()
     schema: int = SCHEMA
 
 

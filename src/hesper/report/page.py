@@ -12,7 +12,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from hesper.errors import DISK_FULL, JobError, UsageError
-from hesper.plan import Budget, HeadCut, TokenCut
+from hesper.plan import Budget, HeadCut, HeadGate, TokenCut
 from hesper.report import charts, figures
 from hesper.report.charts import Chosen, Interval, Series
 from hesper.report.collect import Outcome, RunFacts, collect, command
@@ -202,13 +202,13 @@ def _exhibit(exhibit: Exhibit, classes: Sequence[str]) -> dict[str, Any]:
 def _block_rows(facts: RunFacts) -> list[BlockRow]:
     tokens = facts.main.tokens if facts.main else None
     cuts = {cut.block: cut for cut in facts.plan.tokens}
-    heads = {cut.block: cut for cut in facts.plan.heads}
+    heads, gates = {cut.block: cut for cut in facts.plan.heads}, {gate.block: gate for gate in facts.plan.gates}
     return [
         BlockRow(
             block,
             (tokens.mean[block], tokens.low[block], tokens.high[block]) if tokens else None,
             _cut(cuts.get(block)),
-            _heads(heads.get(block), facts.plan.model.anatomy.heads),
+            _heads(heads.get(block), gates.get(block), facts.plan.model.anatomy.heads),
             facts.explained[block] if facts.explained and block in cuts else None,
         )
         for block in range(facts.plan.model.anatomy.depth)
@@ -221,8 +221,9 @@ def _cut(cut: TokenCut | None) -> str:
     return f"{cut.combine} {cut.remove}" if cut.threshold is None else f"{cut.combine} below {figures.significant(cut.threshold)} nats"
 
 
-def _heads(cut: HeadCut | None, heads: int) -> str:
-    return "" if cut is None else f"{', '.join(map(str, cut.remove))} of {heads}"
+def _heads(cut: HeadCut | None, gate: HeadGate | None, heads: int) -> str:
+    removed = [] if cut is None else [f"{', '.join(map(str, cut.remove))} of {heads}"]
+    return "; ".join(removed if gate is None else [*removed, f"up to {figures.significant(gate.threshold)} nats sit out"])
 
 
 def _budget(budget: Budget) -> str:
