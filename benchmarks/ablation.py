@@ -84,7 +84,7 @@ def family(model: OpenModel, choice: Choice, tables: Tables, atlas: Atlas, image
     )
     shape = calibration(model.host.module, tables.tensors, lambda: images, choice.counts, choice.schedule)
     blocks = deciding_blocks(anatomy, choice.blocks) if choice.tokens else ()
-    return Family("row", plan, blocks, choice.combine, choice.heads, atlas, shape)
+    return Family("row", plan, blocks, choice.combine, choice.heads, atlas, tables, shape)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from hesper.errors import JobError
 from hesper.graft import GraftedViT
 from hesper.heart.budget import Trial, choose
 from hesper.heart.family import Family
-from hesper.heart.fit import Atlas
+from hesper.heart.fit import Atlas, Tables
 from hesper.heart.prune import FIT_SHARE, MOST_FIT_IMAGES, TUNE_IMAGES
 from hesper.measure.evaluate import Evaluation, dense_logits, evaluate
 from hesper.plan import Budget, Plan, plan_hash
@@ -113,7 +113,7 @@ def coverage(population: Population, plan: Plan, budget: Budget, n: int, splits:
     images = population.drift.shape[1]
     blank = replace(plan, tokens=(), dial=None, provenance=replace(plan.provenance, verify_images=n))
     atlas = Atlas(torch.zeros(1), torch.zeros(1, 1), torch.zeros(1, 1), 1)
-    family = Family("run", blank, tuple(cut.block for cut in plan.tokens), "merge", "none", atlas)
+    family = Family("run", blank, tuple(cut.block for cut in plan.tokens), "merge", "none", atlas, Tables({}, ()))
     broken, found, kept = 0, 0, 0.0
     for _ in range(splits):
         tune, verify = (population.trial(rng.integers(0, images, size)) for size in (TUNE_IMAGES, n))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hesper.graft.decision import Decision, grouped_mean, mean_length
+from hesper.graft.decision import Decision, grouped_mean
 from hesper.graft.layout import Layout
 from hesper.graft.linkage import Points, link, most_removed
 from hesper.plan import TokenCut
@@ -94,25 +94,6 @@ def test_composed_decisions_keep_means_and_sizes(points: Points, threshold: floa
     expected, mass = grouped_mean(after.place, after.size, second)
     torch.testing.assert_close(place, expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(size, mass) and size.sum() == points.size.sum()
-
-
-def test_merged_tokens_have_the_mean_length_and_the_direction_of_the_mean() -> None:
-    x = torch.randn(7, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    size = torch.tensor([1.0, 2, 1, 3, 1, 1, 2], dtype=torch.float64)
-    decision = Decision(7, torch.tensor([1, 3, 5]), torch.tensor([2, 2, 6]), (4,))
-    mean, total = grouped_mean(x, size, decision)
-    out = mean_length(x, size, decision, mean.clone(), total)
-    for place, group in enumerate([[0], [1, 2, 3], [4], [5, 6]]):
-        length = (x[group].norm(dim=1) * size[group]).sum() / size[group].sum()
-        assert out[place].norm().item() == pytest.approx(length.item(), rel=1e-12)
-        torch.testing.assert_close(torch.nn.functional.normalize(out[place], dim=0), torch.nn.functional.normalize(mean[place], dim=0))
-
-
-@pytest.mark.parametrize("length", [1e-30, 1.0, 100.0, 1e15])
-def test_opposite_tokens_merge_to_nothing_rather_than_to_infinity(length: float) -> None:
-    x, one = torch.tensor([[1.0, -2.0], [-1.0, 2.0]]) * length, torch.ones(2)
-    decision = Decision(2, torch.tensor([1]), torch.tensor([0]), (1,))
-    assert mean_length(x, one, decision, *grouped_mean(x, one, decision)).tolist() == [[0.0, 0.0]]
 
 
 @given(streams(), st.integers(1, 4))

@@ -13,7 +13,7 @@ from hesper.cost import head_macs
 from hesper.errors import JobError, UsageError
 from hesper.heart.budget import check_sample, choose
 from hesper.heart.family import STAGES, Family, affordable_heads, deciding_blocks
-from hesper.heart.fit import Atlas
+from hesper.heart.fit import Atlas, Tables
 from hesper.measure.evaluate import Evaluation
 from hesper.plan import Anatomy, Budget, check_budget, empty_plan
 
@@ -25,7 +25,7 @@ def family(name="plain", heads="none"):
     atlas = Atlas(torch.zeros(12, 196), torch.arange(36.0).view(12, 3), torch.zeros(12, 3), 8)
     blank = empty_plan("tiny", TINY)
     blank = dataclasses.replace(blank, provenance=dataclasses.replace(blank.provenance, verify_images=200))
-    return Family(name, blank, deciding_blocks(TINY, "every"), "merge", heads, atlas)
+    return Family(name, blank, deciding_blocks(TINY, "every"), "merge", heads, atlas, Tables({}, ()))
 
 
 def world(n, seed, drift=1.0, spread=0.05):

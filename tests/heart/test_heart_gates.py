@@ -18,7 +18,7 @@ from hesper.graft import graft
 from hesper.heart.budget import _turns_to
 from hesper.heart.criteria import Criterion, head_prices, sensitivity, stream_curvature
 from hesper.heart.family import Family
-from hesper.heart.fit import Atlas, FitSums, fit_tables
+from hesper.heart.fit import Atlas, FitSums, Tables, fit_tables
 from hesper.heart.gate_fit import PENALTIES, ROUNDING, GateFit
 from hesper.heart.gated import HEAD_GATES
 from hesper.heart.lenses import gated_lens
@@ -172,7 +172,7 @@ def family(blocks: tuple[int, ...] = (0, 1), heads: str = "adaptive") -> Family:
     host = open_host(vit())
     atlas = Atlas(torch.zeros(4, 12), torch.arange(12.0).view(4, 3), torch.zeros(4, 3), 8)
     blank = dataclasses.replace(empty_plan("tiny", host.anatomy), pricing=plan_for(host.module).pricing)
-    return Family("f", blank, blocks, "merge", heads, atlas)  # type: ignore[arg-type]
+    return Family("f", blank, blocks, "merge", heads, atlas, Tables({}, ()))  # type: ignore[arg-type]
 
 
 def test_gates_have_the_price_per_mac_at_which_static_heads_leave() -> None:

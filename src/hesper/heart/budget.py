@@ -13,8 +13,7 @@ from hesper.measure.evaluate import Evaluation, estimate
 from hesper.plan import Budget, HeadGate, Measured, OperatingPoint, Plan, TokenCut, at_dial
 
 Trial = Callable[[Plan], Evaluation]
-
-Placed = tuple[Family, list[float], list[OperatingPoint]]
+Refine = Callable[[Family, float], Family]
 
 FEWEST_IMAGES = 10
 SMALLEST_DIAL, FIRST_DIAL, LARGEST_DIAL = 1e-9, 1e-5, 1e3
@@ -44,6 +43,20 @@ class Chosen:
     points: tuple[OperatingPoint, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class _Placed:
+    """The best of several families, the dial that met the budget on the fitting images, dials to prove it at, and what was measured.
+
+    ``score`` is what families are compared by on those images, less is better.
+    """
+
+    family: Family
+    dial: float
+    dials: list[float]
+    points: list[OperatingPoint]
+    score: float
+
+
 def check_sample(budget: Budget, verify_images: int) -> None:
     """Refuse to prove a budget on too few images.
 
@@ -67,21 +80,33 @@ def choose(
     tune: Callable[[Family], Trial],
     verify: Callable[[Family], Trial],
     compare: Callable[[Family], Trial] | None = None,
+    refine: Refine | None = None,
 ) -> Chosen:
     """The plan of least drift that keeps the budget on the verification images.
 
     ``tune`` measures on fitting images and places the dial; ``verify`` measures on images that fitted nothing and has the last word.
     ``compare`` measures on more fitting images which family drifts least at a budget of MACs; a few images of great drift decide that.
+    ``refine`` makes a better family of the best one, given the dial, without a look at the images of ``tune``, which then say whether
+    it is better.
 
     Raises:
         JobError: no member of any family keeps the budget; says what can be had.
     """
-    if budget.kind == "macs":
-        family, dials, points = _place_macs(families, budget, tune, compare)
-    else:
-        family, dials, points = _place_risk(families, budget, tune)
-    trial = verify(family)
-    return _with_neighbours(_prove(family, dials, points, budget, trial), trial)
+    placed = _place_macs(families, budget, tune, compare) if budget.kind == "macs" else _place_risk(families, budget, tune)
+    if refine is not None:
+        placed = _refined(placed, budget, tune, refine)
+    trial = verify(placed.family)
+    return _with_neighbours(_prove(placed.family, placed.dials, placed.points, budget, trial), trial)
+
+
+def _refined(placed: _Placed, budget: Budget, tune: Callable[[Family], Trial], refine: Refine) -> _Placed:
+    """The refined family where it does better on images it did not learn from, else the family as it was."""
+    family = refine(placed.family, placed.dial)
+    if family is placed.family:
+        return placed
+    place = _place_macs if budget.kind == "macs" else _place_risk
+    before, after = (place([each], budget, tune) for each in (placed.family, family))
+    return after if after.score < before.score else placed
 
 
 def _prove(family: Family, dials: Sequence[float], points: list[OperatingPoint], budget: Budget, trial: Trial) -> Chosen:
@@ -139,8 +164,8 @@ def _with_neighbours(chosen: Chosen, trial: Trial) -> Chosen:
 
 
 def _place_macs(
-    families: Sequence[Family], budget: Budget, tune: Callable[[Family], Trial], compare: Callable[[Family], Trial] | None
-) -> Placed:
+    families: Sequence[Family], budget: Budget, tune: Callable[[Family], Trial], compare: Callable[[Family], Trial] | None = None
+) -> _Placed:
     """The family of least drift at the budget on fitting images, and dials that keep a little more and more of the MACs.
 
     The dials aim between five and one standard errors below the budget, as the fitting images foretell them for the difference
@@ -164,10 +189,9 @@ def _place_macs(
     # Two samples of images differ: the tuned mean has its error, and so will the verified one.
     kept = best.evaluation.kept_macs
     error = kept.stderr * math.sqrt(1 + best.evaluation.n / best.family.blank.provenance.verify_images)
-    if error < ALIKE:
-        return best.family, [best.dial], list(best.tried)
     slope, short = _slope(best.tried, kept.mean), kept.mean - budget.value
-    return best.family, [best.dial * math.exp(min((sigmas * error + short) / slope, 2.0)) for sigmas in SIGMAS], list(best.tried)
+    steps = [min((sigmas * error + short) / slope, 2.0) for sigmas in SIGMAS] if error >= ALIKE else [0.0]
+    return _Placed(best.family, best.dial, [best.dial * math.exp(step) for step in steps], list(best.tried), best.weighted_drift)
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +259,7 @@ def _dial_for_macs(
     return (None, evaluation, tried) if best is None else (*best, tried)
 
 
-def _place_risk(families: Sequence[Family], budget: Budget, tune: Callable[[Family], Trial]) -> Placed:
+def _place_risk(families: Sequence[Family], budget: Budget, tune: Callable[[Family], Trial]) -> _Placed:
     """The family that saves most at the budget on the fitting images, and a ladder of dials around the place where it is met."""
     best: tuple[float, float, Family, list[OperatingPoint]] | None = None
     for family in families:
@@ -255,8 +279,8 @@ def _place_risk(families: Sequence[Family], budget: Budget, tune: Callable[[Fami
         if best is None or spent < best[0]:
             best = (spent, dial, family, tried)
     assert best is not None
-    _, dial, family, tried = best
-    return family, [dial * 2**step for step in LADDER], tried
+    spent, dial, family, tried = best
+    return _Placed(family, dial, [dial * 2**step for step in LADDER], tried, spent)
 
 
 def _refines_nothing(family: Family, best: Family, dial: float) -> bool:

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from hesper.cost import head_macs, token_macs
-from hesper.heart.fit import Atlas
+from hesper.heart.fit import Atlas, Tables
 from hesper.plan import Anatomy, Combine, HeadCut, HeadGate, Plan, TokenCut
 
 Counts = Literal["adaptive", "fixed"]
@@ -35,8 +35,8 @@ class Family:
 
     Heads that adapt sit out image by image where static ones leave for all.
 
-    ``blank`` is the plan without cuts; ``blocks`` are those that let tokens go; ``atlas`` holds the head prices. With fixed counts
-    or a symmetric schedule, ``calibrated`` turns the dial into cuts by looking at calibration images.
+    ``blank`` is the plan without cuts; ``blocks`` are those that let tokens go; ``atlas`` holds the head prices, ``tables`` what pricing
+    tokens needs. With fixed counts or a symmetric schedule, ``calibrated`` turns the dial into cuts by looking at calibration images.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Family:
     combine: Combine
     heads: Heads
     atlas: Atlas
+    tables: Tables
     calibrated: Callable[[Plan], tuple[TokenCut, ...]] | None = None
 
     def at(self, dial: float) -> Plan:

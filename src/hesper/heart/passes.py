@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, overload
 
 import numpy as np
@@ -14,12 +15,15 @@ from torch import Tensor, nn
 from hesper.curvature import Batch
 from hesper.data import ImageSet, LoadedBatch, Skipped, batches, require_readable
 from hesper.graft import GraftedViT
+from hesper.heart.fit import Tables
+from hesper.heart.refine import refine
 from hesper.measure.evaluate import Evaluation, Share, join, measure
 from hesper.parallel import Team
 from hesper.plan import Plan
 from hesper.work import Kept, Pace, Work
 
 Report = Callable[[str, int, int], None]
+REFINE_BATCH = 32
 
 
 class Sums(Protocol):
@@ -90,7 +94,7 @@ class Passes:
 
     def evaluate(self, name: str, stage: str, cut: GraftedViT, dense: StoredLogits, indices: Sequence[int]) -> Evaluation:
         """The evaluation of all images by all processes; kept by what the plan cuts, under ``name``."""
-        name = f"{name}-{_cuts(cut.plan)}"
+        name = f"{name}-{_identity(cut)}"
         kept = self.work.load(name)
         if kept is None:
             share = measure(cut, dense, self.batches(stage, indices))
@@ -102,6 +106,18 @@ class Passes:
             files = tuple(self.images.files[indices[place]] for place in places)
             share = Share(columns, kept.arrays["tokens"], places, files, kept.notes["macs_dense"], kept.notes["seconds"])
         return join(self.team.every(share))
+
+    def refined(
+        self, module: nn.Module, plan: Plan, tables: Tables, indices: Sequence[int], epochs: int, generator: torch.Generator
+    ) -> Tables:
+        """The tables with merging refined for ``plan`` in so many passes over shuffled images, by every process alike."""
+        if (kept := self.work.load("refined")) is not None:
+            return replace(tables, tensors={key: torch.from_numpy(array) for key, array in kept.arrays.items()})
+        shuffled = [indices[place] for _ in range(epochs) for place in torch.randperm(len(indices), generator=generator).tolist()]
+        seen = self.batches("Refine merging", shuffled, REFINE_BATCH, shared=False)
+        found = refine(module, plan, tables, seen, -(-len(shuffled) // min(REFINE_BATCH, self.batch_size)), generator)
+        self._keep("refined", {key: tensor.numpy() for key, tensor in found.tensors.items()})
+        return found
 
     def column(self, stage: str, indices: Sequence[int], size: int, value: Callable[[Batch], Tensor]) -> NDArray[np.float64]:
         """One number for each image, in order: ``value`` gives them for a batch, ``[images]``."""
@@ -170,5 +186,10 @@ class StoredLogits(Sequence[Tensor]):
         return torch.from_numpy(np.array(self.rows[start : self.ends[index]]))  # a copy: the rows on disk may be read-only
 
 
-def _cuts(plan: Plan) -> str:
-    return hashlib.sha256(repr((plan.tokens, plan.heads, plan.gates, plan.skip_unread)).encode()).hexdigest()[:16]
+def _identity(cut: GraftedViT) -> str:
+    """What tells one cut model of the same network from another: what it cuts, and the tables by which it decides and merges."""
+    plan, state = cut.plan, cut.deciders.state_dict(prefix="deciders.") | {"size_exponent": cut.size_exponent}
+    digest = hashlib.sha256(repr((plan.tokens, plan.heads, plan.gates, plan.skip_unread)).encode())
+    for key, tensor in sorted(state.items()):
+        digest.update(key.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -33,11 +33,16 @@ FIT_SHARE = 0.5
 MOST_FIT_IMAGES = 512
 TUNE_IMAGES = 128
 SURVEY_IMAGES = 64
+LEAST_REFINE_IMAGES = 64
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to prune. ``rank``, ``gamma`` and ``rounds`` shape merging; ``blocks`` says which blocks may let tokens go ("auto" measures)."""
+    """How to prune.
+
+    ``rank``, ``gamma`` and ``rounds`` shape merging, which is refined in ``refine`` epochs (0: not at all); ``blocks`` says which
+    blocks may let tokens go ("auto" measures).
+    """
 
     budget: Budget
     criterion: Criterion = field(default_factory=Criterion)
@@ -49,6 +54,7 @@ class Settings:
     rank: int = 24
     gamma: float = 0.35
     rounds: int = 2
+    refine: int = 5
     blocks: Stages | Literal["auto"] = "auto"
     batch_size: int = 32
     seed: int = 0
@@ -64,6 +70,8 @@ class Settings:
             raise UsageError(f"The seed is {self.seed}; it must be a whole number from 0 to 2^63 - 1.")
         if min(self.rank, self.batch_size, self.rounds) < 1 or not 0 <= self.gamma < float("inf"):
             raise UsageError("Rank, rounds and batch size must be at least 1, and gamma a number of at least 0.")
+        if self.refine < 0:
+            raise UsageError(f"Merging cannot be refined in {self.refine} epochs; use 0 for not at all.")
         if self.heads == "adaptive":
             check_prices_heads(self.criterion)
             if self.counts == "fixed":
@@ -143,10 +151,11 @@ class _Job:
         started = self._clock("survey", started)
         tables = self._fit() if settings.tokens or settings.heads == "adaptive" else Tables({}, ())
         started = self._clock("fit", started)
-        compare = self._trial("compare", tables) if len(self.fit) > len(self.tune) else None
-        families, tune, prove = self._families(tables, atlas), self._trial("tune", tables), self._trial("verify", tables)
-        chosen = choose(families, settings.budget, tune, prove, compare)
+        compare = self._trial("compare") if len(self.fit) > len(self.tune) else None
+        tune, prove = self._trial("tune"), self._trial("verify")
+        chosen = choose(self._families(tables, atlas), settings.budget, tune, prove, compare, self._refine)
         started = self._clock("search", started)
+        tables = chosen.family.tables
         grafted = graft(host.module, chosen.plan, tables.tensors)
         verify = self.passes.readable(self.verify)
         made = replace(chosen.plan.provenance, fit_images=len(self.passes.readable(self.fit)), verify_images=len(verify))
@@ -184,6 +193,16 @@ class _Job:
             {name: blocks for blocks, name in reversed(sets.items())} if settings.tokens else {"heads alone": ()}
         )
         heads: list[Heads] = ["none", settings.heads] if settings.heads != "none" and settings.tokens else [settings.heads]
+        shape = self._shape(tables)
+        return [
+            Family(f"{name}, heads {kind}", self._blank(), stages[name], settings.combine, kind, atlas, tables, shape)
+            for name in stages
+            for kind in heads
+        ]
+
+    def _shape(self, tables: Tables) -> Calibration | None:
+        """How adaptive counts become what was asked for, the same in every process."""
+        settings = self.settings
         shape = calibration(
             self.model.host.module,
             tables.tensors,
@@ -191,16 +210,17 @@ class _Job:
             settings.counts,
             settings.schedule,
         )
-        if shape is not None:
-            shape = self._agreed(shape)
-        return [
-            Family(f"{name}, heads {kind}", self._blank(), stages[name], settings.combine, kind, atlas, shape)
-            for name in stages
-            for kind in heads
-        ]
+        return None if shape is None else lambda plan: self.team.first(shape(plan))
 
-    def _agreed(self, shape: Calibration) -> Calibration:
-        return lambda plan: self.team.first(shape(plan))
+    def _refine(self, family: Family, dial: float) -> Family:
+        """The family with what merging gives back and weighs learned on the fitting images that do not place the dial."""
+        indices, epochs = self.passes.readable(self.fit[len(self.tune) :]), self.settings.refine
+        if not epochs or len(indices) < LEAST_REFINE_IMAGES or family.combine != "merge" or not family.blocks:
+            return family
+        generator = torch.Generator().manual_seed(self.settings.seed)  # its own: a job that goes on has drawn less from the other
+        tables = self.passes.refined(self.model.host.module, family.at(dial), family.tables, indices, epochs, generator)
+        tables = self.team.first(tables)
+        return replace(family, name=f"{family.name}, refined", tables=tables, calibrated=self._shape(tables))
 
     def _blank(self) -> Plan:
         settings = self.settings
@@ -220,7 +240,7 @@ class _Job:
         skip_unread = settings.tokens and not anatomy.reads_patches
         return Plan(self.model.ref, pricing, settings.schedule, (), (), skip_unread, settings.budget, None, None, (), provenance)
 
-    def _trial(self, name: Literal["tune", "compare", "verify"], tables: Tables) -> Callable[[Family], Trial]:
+    def _trial(self, name: Literal["tune", "compare", "verify"]) -> Callable[[Family], Trial]:
         label, indices = {
             "tune": ("Search the dial", self.tune),
             "compare": ("Compare sets of blocks", self.fit),
@@ -235,7 +255,7 @@ class _Job:
                     check_sample(self.settings.budget, len(self.passes.readable(indices)))
 
             def measured(plan: Plan) -> Evaluation:
-                cut = graft(self.model.host.module, plan, tables.tensors)
+                cut = graft(self.model.host.module, plan, family.tables.tensors)
                 return self.passes.evaluate(name, f"{label}: {family.name}", cut, self.logits[name], indices)
 
             return measured

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -22,15 +21,7 @@ EXPONENT_RATE, STRETCH_RATE, GAIN_RATE, SHIFT_RATE = 0.03, 0.03, 3e-3, 3e-4
 LOWEST, HIGHEST = 1 / 4, 2.0
 
 
-@dataclass(frozen=True)
-class Refinement:
-    """How long to learn: ``epochs`` times through the fitting images (0: not at all), ``batch_size`` images a step."""
-
-    epochs: int = 5
-    batch_size: int = 32
-
-
-def refine(module: nn.Module, plan: Plan, tables: Tables, batches: Iterable[Batch], steps: int, seed: int) -> Tables:
+def refine(module: nn.Module, plan: Plan, tables: Tables, batches: Iterable[Batch], steps: int, generator: torch.Generator) -> Tables:
     """Tables with size exponents and restorations learned for ``plan``; the network's own weights stay as they are.
 
     Minimises the mean drift KL(dense || cut) over images and over dials drawn around the plan's (Adam, rates falling to zero),
@@ -43,7 +34,7 @@ def refine(module: nn.Module, plan: Plan, tables: Tables, batches: Iterable[Batc
         tables: where learning starts.
         batches: one batch for each step.
         steps: how many there will be, for the rates.
-        seed: for the dials.
+        generator: for the dials.
 
     Raises:
         JobError: the drift is not finite.
@@ -54,10 +45,9 @@ def refine(module: nn.Module, plan: Plan, tables: Tables, batches: Iterable[Batc
         return tables
     optimiser = torch.optim.Adam([{"params": [tensor.requires_grad_()], "lr": rate} for tensor, rate in learned.values()])
     falling = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
-    draw = random.Random(seed)
     loss = DenseKL()
     for batch in batches:
-        _turn(cut, plan, LOWEST * (HIGHEST / LOWEST) ** draw.random())
+        _turn(cut, plan, LOWEST * (HIGHEST / LOWEST) ** float(torch.rand((), generator=generator)))
         with torch.inference_mode():
             dense = module(batch.images)
         drift = loss.per_image(cut(batch.images), batch, dense.clone()).mean()

@@ -1,0 +1,80 @@
+"""Refining merging: what it lowers, what it leaves alone, and when it is not taken."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from vits import plan_for, tables, vit
+
+from hesper.curvature import ImageBatch
+from hesper.errors import JobError
+from hesper.graft import graft
+from hesper.heart.fit import Tables
+from hesper.heart.refine import refine
+from hesper.measure.evaluate import evaluate
+from hesper.plan import Plan, TokenCut
+
+CUTS = (TokenCut(0, "merge", threshold=0.3), TokenCut(2, "merge", threshold=0.3))
+
+
+def job(kind: str = "plain"):
+    model = vit(kind)
+    plan = replace(plan_for(model, CUTS, "kl"), dial=0.3)
+    images = torch.rand(16, 3, *plan.model.anatomy.image_size, generator=torch.Generator().manual_seed(5))
+    return model, plan, Tables(tables(model), ()), images
+
+
+def drift(model: torch.nn.Module, plan: Plan, found: Tables, images: torch.Tensor) -> float:
+    return float(evaluate(graft(model, plan, found.tensors), model, [ImageBatch(images)]).drift_kl.mean())
+
+
+def learn(model: torch.nn.Module, plan: Plan, start: Tables, images: torch.Tensor, steps: int) -> Tables:
+    return refine(model, plan, start, [ImageBatch(images)] * steps, steps, torch.Generator().manual_seed(0))
+
+
+def test_refining_lowers_the_drift_and_touches_no_weight_of_the_network():
+    model, plan, start, images = job()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = learn(model, plan, start, images, 30)
+    assert drift(model, plan, found, images) < 0.8 * drift(model, plan, start, images)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert set(found.tensors) - set(start.tensors) == {
+        "size_exponent",
+        *(f"{block}.restoration.{part}" for block in (0, 2) for part in ("stretch", "gain", "shift")),
+    }
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in start.tensors.items())
+
+
+def test_a_step_goes_down_the_slope_of_the_drift():
+    """The direction of the first step against differences of the drift itself."""
+    model, plan, start, images = job()
+    plan = replace(plan, dial=None)  # at this dial alone
+    found = learn(model, plan, start, images, 1)
+    moved = {name: tensor for name, tensor in found.tensors.items() if name not in start.tensors}
+    for name, tensor in moved.items():
+        at_rest = torch.ones_like(tensor) if name.endswith(("stretch", "exponent")) else torch.zeros_like(tensor)
+        step = tensor - at_rest
+        if not bool(step.any()):
+            continue
+        one, other = (replace(start, tensors={**start.tensors, name: at_rest + sign * 0.1 * step}) for sign in (1, -1))
+        assert drift(model, plan, one, images) < drift(model, plan, other, images), name
+
+
+def test_what_is_learned_is_the_same_from_the_same_seed_and_survives_grafting_again():
+    model, plan, start, images = job()
+    one, two = (learn(model, plan, start, images, 3) for _ in range(2))
+    assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)
+    again = graft(model, plan, one.tensors)
+    assert torch.equal(again.size_exponent, one.tensors["size_exponent"])
+
+
+def test_plans_without_merges_in_the_metric_have_nothing_to_learn():
+    model, _, start, images = job()
+    plan = plan_for(model, [TokenCut(0, "merge", remove=2)], "tome")
+    assert learn(model, plan, start, images, 3) is start
+
+
+def test_a_drift_that_is_not_finite_stops_the_job():
+    model, plan, start, images = job()
+    with pytest.raises(JobError, match="not finite"):
+        learn(model, plan, start, images * float("nan"), 1)
