@@ -181,7 +181,7 @@ class GraftedViT(nn.Module):
         """One block's halves, with the decision between them."""
         layout = stream.layout
         projected = block.project(stream.rows, stream.place)
-        log_size = None if stream.size is None else stream.size.log()
+        log_size = stream.log_size()
         stream.add(block.merge_heads(attend(projected, log_size, layout, block.scale)))
         if decide and str(index) in self.deciders:
             decider = cast(Decider, self.deciders[str(index)])
@@ -226,7 +226,7 @@ class GraftedViT(nn.Module):
         block, layout = self.host.blocks[-1], stream.layout
         prefix = layout.prefix_rows(stream.rows)
         projected = block.project_readers(stream.rows, prefix, stream.place)
-        log_size = None if stream.size is None else stream.size.log()
+        log_size = stream.log_size()
         prefix = prefix + block.merge_heads(attend_readers(projected, log_size, layout, block.scale))
         prefix = prefix + block.feed(prefix)
         readers = (layout.prefix,) * len(layout.counts)

@@ -52,6 +52,10 @@ class Stream:
         """``[rows]`` sizes, ones included."""
         return torch.ones_like(self.rows[:, 0]) if self.size is None else self.size
 
+    def log_size(self) -> Tensor | None:
+        """``[rows]`` logarithms of sizes, in single precision at least, or None while every token stands for itself."""
+        return None if self.size is None else self.size.to(torch.promote_types(self.size.dtype, torch.float32)).log()
+
     def carry_out(self, decision: Decision) -> None:
         """Take the decided tokens out; what is merged leaves its mass where it goes (:func:`~hesper.graft.decision.grouped_mean`)."""
         if not len(decision.gone):
@@ -79,6 +83,6 @@ class Stream:
     def patch_map(self, first: Layout) -> Tensor:
         """``[images, patches]``: place among its image's patches of the one that stands for each original patch, -1 where dropped."""
         assert self.origin is not None
-        starts = torch.tensor(self.layout.bounds[:-1], device=self.origin.device) + self.layout.prefix
+        starts = self.layout.first_patch
         local = torch.where(self.origin >= 0, self.origin - starts[first.image], -1)
         return first.padded(local)
