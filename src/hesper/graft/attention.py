@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from hesper.graft.compiling import eager
 from hesper.graft.layout import Layout
 from hesper.graft.ragged import Asked, Strategy, as_mask, choose, per_head
 from hesper.hosts.base import Projected
 
 
+@eager
 def attend(projected: Projected, log_size: Tensor | None, layout: Layout, scale: float, strategy: Strategy | None = None) -> Tensor:
     """Proportional attention of packed rows: softmax(scale q k^T + log size) v.
 
@@ -31,6 +33,7 @@ def attend(projected: Projected, log_size: Tensor | None, layout: Layout, scale:
     return _ragged(projected.query, layout, projected, log_size, layout, scale, strategy)
 
 
+@eager
 def attend_readers(projected: Projected, log_size: Tensor | None, layout: Layout, scale: float, strategy: Strategy | None = None) -> Tensor:
     """As :func:`attend` for ``prefix`` queries per image only: ``[images, prefix, heads * head_dim]``.
 
@@ -40,7 +43,8 @@ def attend_readers(projected: Projected, log_size: Tensor | None, layout: Layout
         return _rectangular(projected.query, projected, log_size, layout, scale)
     images, prefix = projected.query.shape[:2]
     asking = layout.with_counts((prefix,) * images)
-    return _ragged(projected.query.flatten(0, 1), asking, projected, log_size, layout, scale, strategy).unflatten(0, (images, prefix))
+    mixed = _ragged(projected.query.flatten(0, 1), asking, projected, log_size, layout, scale, strategy)
+    return mixed.view(images, prefix, -1)
 
 
 def _rectangular(query: Tensor, projected: Projected, log_size: Tensor | None, layout: Layout, scale: float) -> Tensor:

@@ -17,9 +17,9 @@ STEP = 32
 class Buckets:
     """Where packed rows lie when images are padded to the longest of their bucket.
 
-    ``shapes`` holds images and places per image of every bucket. ``row`` ``[places]`` is the row at each place of all buckets, one after
-    another; empty places repeat a row of their image. ``empty`` ``[places]`` says which those are (None where there are none), and ``place``
-    ``[rows]`` is where each row lies.
+    ``shapes`` holds images and places per image of every bucket. ``row`` ``[places]`` is the row at each place of all buckets, one
+    after another; empty places repeat a row of their image. ``empty`` ``[places]`` says which those are (None where there are none),
+    and ``place`` ``[rows]`` is where each row lies.
 
     Example:
         >>> both = side_by_side((0, 2, 5), [(0, 1)])
@@ -41,7 +41,7 @@ class Buckets:
     def cut(self, places: Tensor) -> list[Tensor]:
         """One value per place ``[places, ...]`` as ``[images, places, ...]`` for every bucket."""
         parts = torch.split(places, [images * most for images, most in self.shapes])
-        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return [part.view(*shape, *part.shape[1:]) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def gather(self, buckets: Sequence[Tensor]) -> Tensor:
         """``[images, places, ...]`` of every bucket back to packed rows ``[rows, ...]``."""
@@ -80,5 +80,5 @@ def side_by_side(bounds: Sequence[int], members: Sequence[Sequence[int]], device
     gaps = np.concatenate(empty)
     # One copy to the device carries everything: on an accelerator each waits in a queue of its own.
     packed = torch.from_numpy(np.concatenate([*rows, place, gaps])).to(device, non_blocking=True)
-    row_at, place_of, missing = packed.split([begun, len(place), begun])
+    row_at, place_of, missing = torch.split(packed, [begun, len(place), begun])
     return Buckets(tuple(shapes), row_at, missing.bool() if gaps.any() else None, place_of)

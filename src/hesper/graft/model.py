@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from hesper.cost import Counts, dense_macs, model_macs
 from hesper.errors import Unverified, UsageError
 from hesper.graft.attention import attend, attend_readers, reader_attention
+from hesper.graft.compiling import eager, seam
 from hesper.graft.deciders import Decider, State
 from hesper.graft.layout import Layout, checkerboard
 from hesper.graft.stream import Stream
 from hesper.graft.unmerge import full_grid, stand_ins
-from hesper.hosts.base import Host, HostBlock
+from hesper.hosts.base import Host, HostBlock, Projected
 from hesper.plan import Plan, at_dial, verified_range
 
 
@@ -75,6 +76,9 @@ class GraftedViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[images, classes]`` of ``[images, channels, height, width]``."""
+        if self.untouched:  # nothing is decided, so this compiles and exports as one graph
+            self._check(images)
+            return cast(Tensor, self.network(images))
         return self._run(images, False)[0]
 
     @property
@@ -132,7 +136,7 @@ class GraftedViT(nn.Module):
         """
         self._check(images)
         anatomy = self.plan.model.anatomy
-        stream, book = self._embed(images), _Book()
+        stream, book = self._lay_out(self.host.embed(images)), _Book()
         first = stream.layout
         stream.follow()
         for index, block in enumerate(self.host.blocks):
@@ -140,21 +144,24 @@ class GraftedViT(nn.Module):
         where = stand_ins(self._patch_map(stream, first), anatomy.grid)
         return full_grid(self.host.norm(stream.rows), stream.layout, where)
 
-    def _embed(self, images: Tensor) -> Stream:
-        """The stream that enters the first block."""
+    @eager
+    def _lay_out(self, rows: Tensor) -> Stream:
+        """The stream that enters the first block, from embedded ``rows`` ``[images, tokens, width]``."""
         anatomy = self.plan.model.anatomy
-        first = Layout((anatomy.tokens,) * len(images), anatomy.prefix_tokens, images.device)
-        rows, place = self.host.embed(images), first.places.view(len(images), -1)
+        first = Layout((anatomy.tokens,) * len(rows), anatomy.prefix_tokens, rows.device)
+        place = first.places.view(len(rows), -1)
         if self.order is not None:
             order = torch.cat([torch.arange(anatomy.prefix_tokens, device=rows.device), self.order + anatomy.prefix_tokens])
             rows, place = rows.index_select(1, order), place.index_select(1, order)
         return Stream(rows.flatten(0, 1), first, place=place.flatten() if self.host.reads_places else None)
 
+    @eager
     def _patch_map(self, stream: Stream, first: Layout) -> Tensor:
         """Where every patch of the image is, in reading order: ``[images, patches]``."""
         where = stream.patch_map(first)
         return where if self.order is None else where.index_select(1, self.order.argsort())
 
+    @seam
     def _run(self, images: Tensor, trace: bool) -> tuple[Tensor, _Book, list[Tensor]]:
         self._check(images)
         host, anatomy = self.host, self.plan.model.anatomy
@@ -165,7 +172,7 @@ class GraftedViT(nn.Module):
                 book.add(first.counts, first.counts, first.counts)
             same = torch.arange(anatomy.tokens - anatomy.prefix_tokens, device=images.device).expand(len(images), -1)
             return self.network(images), book, [same] * anatomy.depth
-        stream = self._embed(images)
+        stream = self._lay_out(self.host.embed(images))
         if trace:
             stream.follow()
         last = anatomy.depth - 1 if self.plan.skip_unread else anatomy.depth
@@ -177,6 +184,7 @@ class GraftedViT(nn.Module):
         logits = self._finish_readers(stream, book) if self.plan.skip_unread else self._finish(stream)
         return logits, book, maps
 
+    @seam
     def _through(self, index: int, block: HostBlock, stream: Stream, book: _Book, decide: bool = True) -> None:
         """One block's halves, with the decision between them."""
         layout = stream.layout
@@ -184,16 +192,21 @@ class GraftedViT(nn.Module):
         log_size = stream.log_size()
         stream.add(block.merge_heads(attend(projected, log_size, layout, block.scale)))
         if decide and str(index) in self.deciders:
-            decider = cast(Decider, self.deciders[str(index)])
-            attention = projected.key.new_empty(layout.rows, 0)
-            if decider.reads_attention:
-                attention = reader_attention(projected, log_size, layout, block.scale)
-            state = State(stream.rows, projected.normed, projected.key, projected.value, attention, stream.sizes(), layout)
-            decision = decider(state)
-            book.entered[index] = decision.entered
-            stream.carry_out(decision)
+            self._decide(index, projected, log_size, stream, book)
         book.add(layout.counts, layout.counts, stream.layout.counts)
         stream.feed(block.feed)
+
+    @eager
+    def _decide(self, index: int, projected: Projected, log_size: Tensor | None, stream: Stream, book: _Book) -> None:
+        """Let go what the block's decider lets go."""
+        decider, layout = cast(Decider, self.deciders[str(index)]), stream.layout
+        attention = projected.key.new_empty(layout.rows, 0)
+        if decider.reads_attention:
+            attention = reader_attention(projected, log_size, layout, self.host.blocks[index].scale)
+        state = State(stream.rows, projected.normed, projected.key, projected.value, attention, stream.sizes(), layout)
+        decision = decider(state)
+        book.entered[index] = decision.entered
+        stream.carry_out(decision)
 
     def _traffic(self, book: _Book) -> Traffic:
         """The account of a run: who went where, and what deciding and merging cost each image."""
@@ -211,20 +224,26 @@ class GraftedViT(nn.Module):
                 deciding = deciding + (tokens - fed[:, cut.block]) * anatomy.width
         return Traffic(attended, queries, fed, deciding)
 
+    @seam
     def _finish(self, stream: Stream) -> Tensor:
         """Logits from the last rows; a pooling classifier weighs every token by its size."""
+        return self.host.readout(*self._read(stream, self.host.norm(stream.rows)))
+
+    @eager
+    def _read(self, stream: Stream, normed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the classifier reads of ``normed`` rows: prefix, patches if it reads them, and what these count for."""
         layout = stream.layout
-        normed = self.host.norm(stream.rows)
         prefix = layout.prefix_rows(normed)
         if not self.plan.model.anatomy.reads_patches:
-            return self.host.readout(prefix, None)
+            return prefix, None, None
         weight = None if stream.size is None and layout.rectangular else layout.padded(stream.sizes()) * layout.valid
-        return self.host.readout(prefix, layout.padded(normed), weight)
+        return prefix, layout.padded(normed), weight
 
+    @seam
     def _finish_readers(self, stream: Stream, book: _Book) -> Tensor:
         """The last block for the prefix alone: nobody reads its patch tokens, so leaving them out changes nothing."""
         block, layout = self.host.blocks[-1], stream.layout
-        prefix = layout.prefix_rows(stream.rows)
+        prefix = prefix_rows(stream)
         projected = block.project_readers(stream.rows, prefix, stream.place)
         log_size = stream.log_size()
         prefix = prefix + block.merge_heads(attend_readers(projected, log_size, layout, block.scale))
@@ -240,6 +259,12 @@ class GraftedViT(nn.Module):
                 f"The model takes one or more images of {size[0]} x {size[1]} pixels, not a tensor of shape {tuple(images.shape)}; "
                 "resize them."
             )
+
+
+@eager
+def prefix_rows(stream: Stream) -> Tensor:
+    """``[images, prefix, width]``."""
+    return stream.layout.prefix_rows(stream.rows)
 
 
 class _Book:

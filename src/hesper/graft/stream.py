@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hesper.graft.compiling import eager, seam
 from hesper.graft.decision import Decision, grouped_mean, mean_length
 from hesper.graft.layout import Layout
 
@@ -31,15 +32,18 @@ class Stream:
     origin: Tensor | None = None
     place: Tensor | None = None
 
+    @eager
     def follow(self) -> None:
         """Start following where each original row goes."""
         self.origin = torch.arange(self.layout.rows, device=self.rows.device)
 
+    @eager
     def add(self, update: Tensor) -> None:
         """Add a residual update ``[rows, width]``."""
         # In place unless autograd may need the old rows: a fresh block of memory per half costs more than the sum itself.
         self.rows = self.rows + update if torch.is_grad_enabled() else self.rows.add_(update)
 
+    @seam
     def feed(self, half: Callable[[Tensor], Tensor]) -> None:
         """Add the update of a feed-forward ``half``, which treats every row alone."""
         if len(self.rows) <= PIECE or torch.is_grad_enabled() or self.rows.device.type != "cpu":
@@ -52,6 +56,7 @@ class Stream:
         """``[rows]`` sizes, ones included."""
         return torch.ones_like(self.rows[:, 0]) if self.size is None else self.size
 
+    @eager
     def log_size(self) -> Tensor | None:
         """``[rows]`` logarithms of sizes, in single precision at least, or None while every token stands for itself."""
         return None if self.size is None else self.size.to(torch.promote_types(self.size.dtype, torch.float32)).log()
