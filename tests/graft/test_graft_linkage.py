@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -99,7 +100,7 @@ def test_composed_decisions_keep_means_and_sizes(points: Points, threshold: floa
 def test_merged_tokens_have_the_mean_length_and_the_direction_of_the_mean() -> None:
     x = torch.randn(7, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     size = torch.tensor([1.0, 2, 1, 3, 1, 1, 2], dtype=torch.float64)
-    decision = Decision(7, torch.tensor([1, 3, 5]), torch.tensor([2, 2, 6]), (4,))
+    decision = Decision(7, np.array([1, 3, 5]), np.array([2, 2, 6]), (4,))
     mean, total = grouped_mean(x, size, decision)
     out = mean_length(x, size, decision, mean.clone(), total)
     for place, group in enumerate([[0], [1, 2, 3], [4], [5, 6]]):
@@ -111,7 +112,7 @@ def test_merged_tokens_have_the_mean_length_and_the_direction_of_the_mean() -> N
 @pytest.mark.parametrize("length", [1e-30, 1.0, 100.0, 1e15])
 def test_opposite_tokens_merge_to_nothing_rather_than_to_infinity(length: float) -> None:
     x, one = torch.tensor([[1.0, -2.0], [-1.0, 2.0]]) * length, torch.ones(2)
-    decision = Decision(2, torch.tensor([1]), torch.tensor([0]), (1,))
+    decision = Decision(2, np.array([1]), np.array([0]), (1,))
     assert mean_length(x, one, decision, *grouped_mean(x, one, decision)).tolist() == [[0.0, 0.0]]
 
 

@@ -12,7 +12,6 @@ from hesper.graft.ragged import Asked, Strategy, as_mask, choose, per_head
 from hesper.hosts.base import Projected
 
 
-@eager
 def attend(projected: Projected, log_size: Tensor | None, layout: Layout, scale: float, strategy: Strategy | None = None) -> Tensor:
     """Proportional attention of packed rows: softmax(scale q k^T + log size) v.
 

@@ -189,20 +189,20 @@ class GraftedViT(nn.Module):
         """One block's halves, with the decision between them."""
         layout = stream.layout
         projected = block.project(stream.rows, stream.place)
-        log_size = stream.log_size()
-        stream.add(block.merge_heads(attend(projected, log_size, layout, block.scale)))
+        stream.add(block.merge_heads(mixed(projected, stream, block.scale)))
         if decide and str(index) in self.deciders:
-            self._decide(index, projected, log_size, stream, book)
+            self._decide(index, projected, stream, book)
         book.add(layout.counts, layout.counts, stream.layout.counts)
         stream.feed(block.feed)
 
     @eager
-    def _decide(self, index: int, projected: Projected, log_size: Tensor | None, stream: Stream, book: _Book) -> None:
+    def _decide(self, index: int, projected: Projected, stream: Stream, book: _Book) -> None:
         """Let go what the block's decider lets go."""
         decider, layout = cast(Decider, self.deciders[str(index)]), stream.layout
-        attention = projected.key.new_empty(layout.rows, 0)
         if decider.reads_attention:
-            attention = reader_attention(projected, log_size, layout, self.host.blocks[index].scale)
+            attention = reader_attention(projected, stream.log_size(), layout, self.host.blocks[index].scale)
+        else:
+            attention = projected.key.new_empty(layout.rows, 0)
         state = State(stream.rows, projected.normed, projected.key, projected.value, attention, stream.sizes(), layout)
         decision = decider(state)
         book.entered[index] = decision.entered
@@ -259,6 +259,12 @@ class GraftedViT(nn.Module):
                 f"The model takes one or more images of {size[0]} x {size[1]} pixels, not a tensor of shape {tuple(images.shape)}; "
                 "resize them."
             )
+
+
+@eager
+def mixed(projected: Projected, stream: Stream, scale: float) -> Tensor:
+    """Attention of the stream's rows, ``[rows, heads * head_dim]``."""
+    return attend(projected, stream.log_size(), stream.layout, scale)
 
 
 @eager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,7 @@ class Stream:
     size: Tensor | None = None
     origin: Tensor | None = None
     place: Tensor | None = None
+    _log_size: Tensor | None = None  # sizes change only where a decision is carried out, and every block in between reads them
 
     @eager
     def follow(self) -> None:
@@ -59,35 +61,37 @@ class Stream:
     @eager
     def log_size(self) -> Tensor | None:
         """``[rows]`` logarithms of sizes, in single precision at least, or None while every token stands for itself."""
-        return None if self.size is None else self.size.to(torch.promote_types(self.size.dtype, torch.float32)).log()
+        if self._log_size is None and self.size is not None:
+            self._log_size = self.size.to(torch.promote_types(self.size.dtype, torch.float32)).log()
+        return self._log_size
 
     def carry_out(self, decision: Decision) -> None:
         """Take the decided tokens out; what is merged leaves its mass where it goes (:func:`~hesper.graft.decision.grouped_mean`)."""
         if not len(decision.gone):
             return
-        before, size = self.rows, self.sizes()
+        before, size, self._log_size = self.rows, self.sizes(), None
         if decision.into is None:
-            self.rows = before.index_select(0, decision.kept)
-            self.size = None if self.size is None else size.index_select(0, decision.kept)
+            self.rows = before.index_select(0, decision.staying)
+            self.size = None if self.size is None else size.index_select(0, decision.staying)
         else:
             mean, self.size = grouped_mean(before, size, decision)
             self.rows = mean_length(before, size, decision, mean, self.size) if decision.keeps_length else mean
-        self.place = None if self.place is None else self.place.index_select(0, decision.kept)
+        self.place = None if self.place is None else self.place.index_select(0, decision.staying)
         self.layout = self.layout.with_counts(decision.left)
         self._trace(decision)
 
     def _trace(self, decision: Decision) -> None:
         if self.origin is None:
             return
-        target = torch.full((decision.rows,), -1, device=self.origin.device)
-        target[decision.kept] = torch.arange(len(decision.kept), device=self.origin.device)
+        target = np.full(decision.rows, -1)
+        target[decision.kept] = np.arange(len(decision.kept))
         if decision.into is not None:
             target[decision.gone] = decision.to
-        self.origin = torch.where(self.origin >= 0, target[self.origin.clamp_min(0)], -1)
+        where = torch.from_numpy(target).to(self.origin.device)
+        self.origin = torch.where(self.origin >= 0, where[self.origin.clamp_min(0)], -1)
 
     def patch_map(self, first: Layout) -> Tensor:
         """``[images, patches]``: place among its image's patches of the one that stands for each original patch, -1 where dropped."""
         assert self.origin is not None
-        starts = self.layout.first_patch
-        local = torch.where(self.origin >= 0, self.origin - starts[first.image], -1)
+        local = torch.where(self.origin >= 0, self.origin - self.layout.first_patch[first.image], -1)
         return first.padded(local)
