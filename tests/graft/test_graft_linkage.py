@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hesper.graft.decision import Decision, grouped_mean
+from hesper.graft.decision import grouped_mean
 from hesper.graft.layout import Layout
 from hesper.graft.linkage import Points, link, most_removed
 from hesper.plan import TokenCut

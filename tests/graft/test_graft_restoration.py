@@ -1,12 +1,13 @@
 """What merged tokens get back, against the formula token by token, and sizes to a power against repeated tokens."""
 
+import numpy as np
 import pytest
 import torch
 
 from hesper.graft.decision import Decision, grouped_mean
 from hesper.graft.restoration import MOST_STRETCHED, Restoration, restored_mean
 
-DECISION = Decision(7, torch.tensor([1, 3, 5]), torch.tensor([2, 2, 6]), (4,))
+DECISION = Decision(7, np.array([1, 3, 5]), np.array([2, 2, 6]), (4,))
 GROUPS = [[0], [1, 2, 3], [4], [5, 6]]
 SIZE = torch.tensor([1.0, 2, 1, 3, 1, 1, 2], dtype=torch.float64)
 
@@ -51,13 +52,13 @@ def test_without_a_restoration_merged_tokens_are_their_mean() -> None:
 @pytest.mark.parametrize("length", [1e-30, 1.0, 100.0, 1e15])
 def test_opposite_tokens_merge_to_nothing_rather_than_to_infinity(length: float) -> None:
     x, one = torch.tensor([[1.0, -2.0], [-1.0, 2.0]]) * length, torch.ones(2)
-    decision = Decision(2, torch.tensor([1]), torch.tensor([0]), (1,))
+    decision = Decision(2, np.array([1]), np.array([0]), (1,))
     assert restored_mean(x, one, decision, Restoration(2))[0].tolist() == [[0.0, 0.0]]
 
 
 def test_nearly_opposite_tokens_are_stretched_by_a_factor_of_four_at_most() -> None:
     x, one = torch.tensor([[1.0, 0.001], [-1.0, 0.001]]), torch.ones(2)
-    out, _ = restored_mean(x, one, Decision(2, torch.tensor([1]), torch.tensor([0]), (1,)), Restoration(2))
+    out, _ = restored_mean(x, one, Decision(2, np.array([1]), np.array([0]), (1,)), Restoration(2))
     torch.testing.assert_close(out, torch.tensor([[0.0, 0.004]]))
 
 

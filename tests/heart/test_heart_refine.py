@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from vits import plan_for, tables, vit
 
 from hesper.curvature import ImageBatch
 from hesper.errors import JobError
@@ -13,13 +12,15 @@ from hesper.heart.fit import Tables
 from hesper.heart.refine import refine
 from hesper.measure.evaluate import evaluate
 from hesper.plan import Plan, TokenCut
+from vits import plan_for, tables, vit
 
-CUTS = (TokenCut(0, "merge", threshold=0.3), TokenCut(2, "merge", threshold=0.3))
+DIAL = 30.0
+CUTS = (TokenCut(0, "merge", threshold=DIAL), TokenCut(2, "merge", threshold=DIAL))
 
 
 def job(kind: str = "plain"):
     model = vit(kind)
-    plan = replace(plan_for(model, CUTS, "kl"), dial=0.3)
+    plan = replace(plan_for(model, CUTS, "kl"), dial=DIAL)
     images = torch.rand(16, 3, *plan.model.anatomy.image_size, generator=torch.Generator().manual_seed(5))
     return model, plan, Tables(tables(model), ()), images
 

@@ -1,4 +1,4 @@
-"""Attention over packed rows: one call for a rectangular batch, one call per image for a ragged one."""
+"""Attention over packed rows: one call for a rectangular batch, whatever suits the device for a ragged one."""
 
 from __future__ import annotations
 
@@ -6,58 +6,66 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from hesper.graft.compiling import eager
 from hesper.graft.layout import Layout
+from hesper.graft.ragged import Asked, Strategy, as_mask, choose, per_head
 from hesper.hosts.base import Projected
 
 
-def attend(projected: Projected, log_size: Tensor | None, layout: Layout, scale: float) -> Tensor:
+def attend(projected: Projected, log_size: Tensor | None, layout: Layout, scale: float, strategy: Strategy | None = None) -> Tensor:
     """Proportional attention of packed rows: softmax(scale q k^T + log size) v.
 
     A token of size s weighs as much as s equal tokens (ToMe, arXiv 2210.09461, section 3.2).
 
     Args:
         projected: queries, keys and values ``[rows, heads, head_dim]``.
-        log_size: ``[rows]``, or None where every token has size 1.
+        log_size: ``[rows]`` or, for a bias per head, ``[rows, heads]``; None where every token has size 1.
         layout: of the rows.
         scale: on the logits.
+        strategy: how to run a ragged batch; None for what suits device and precision.
 
     Returns:
         ``[rows, heads * head_dim]``.
     """
     if layout.rectangular:
         return _rectangular(layout.by_image(projected.query), projected, log_size, layout, scale).flatten(0, 1)
-    queries = layout.split(projected.query.transpose(0, 1)[None], 2)
-    return torch.cat(_ragged(queries, projected, log_size, layout, scale), 1)[0]
+    return _ragged(projected.query, layout, projected, log_size, layout, scale, strategy)
 
 
-def attend_readers(projected: Projected, log_size: Tensor | None, layout: Layout, scale: float) -> Tensor:
+@eager
+def attend_readers(projected: Projected, log_size: Tensor | None, layout: Layout, scale: float, strategy: Strategy | None = None) -> Tensor:
     """As :func:`attend` for ``prefix`` queries per image only: ``[images, prefix, heads * head_dim]``.
 
     ``projected.query`` is ``[images, prefix, heads, head_dim]``; keys and values are packed rows.
     """
     if layout.rectangular:
         return _rectangular(projected.query, projected, log_size, layout, scale)
-    return torch.cat(_ragged(torch.split(projected.query.transpose(1, 2), 1), projected, log_size, layout, scale))
+    images, prefix = projected.query.shape[:2]
+    asking = layout.with_counts((prefix,) * images)
+    mixed = _ragged(projected.query.flatten(0, 1), asking, projected, log_size, layout, scale, strategy)
+    return mixed.view(images, prefix, -1)
 
 
 def _rectangular(query: Tensor, projected: Projected, log_size: Tensor | None, layout: Layout, scale: float) -> Tensor:
     """Mixed values ``[images, queries, heads * head_dim]`` in one call; ``query`` is ``[images, queries, heads, head_dim]``."""
     key, value = (layout.by_image(t).transpose(1, 2) for t in (projected.key, projected.value))
-    mask = None if log_size is None else layout.by_image(log_size)[:, None, None]
+    mask = None if log_size is None else as_mask(layout.by_image(per_head(log_size)), query)
     mixed = scaled_dot_product_attention(query.transpose(1, 2), key, value, attn_mask=mask, scale=scale)
     return mixed.transpose(1, 2).flatten(2)
 
 
-def _ragged(queries: tuple[Tensor, ...], projected: Projected, log_size: Tensor | None, layout: Layout, scale: float) -> list[Tensor]:
-    """Mixed values ``[1, queries, heads * head_dim]`` of each image; ``queries`` are ``[1, heads, queries, head_dim]``."""
-    keys, values = (layout.split(t.transpose(0, 1)[None], 2) for t in (projected.key, projected.value))
-    masks = [None] * len(keys) if log_size is None else layout.split(log_size)
-    return [
-        scaled_dot_product_attention(query, key, value, attn_mask=None if mask is None else mask.view(1, 1, 1, -1), scale=scale)
-        .transpose(1, 2)
-        .flatten(2)
-        for query, key, value, mask in zip(queries, keys, values, masks, strict=True)
-    ]
+def _ragged(
+    query: Tensor,
+    asking: Layout,
+    projected: Projected,
+    log_size: Tensor | None,
+    layout: Layout,
+    scale: float,
+    strategy: Strategy | None,
+) -> Tensor:
+    """Mixed values ``[queries, heads * head_dim]`` of packed queries ``[queries, heads, head_dim]`` that lie as ``asking`` says."""
+    run = strategy or choose(query.device, query.dtype, query.shape[-1], query.requires_grad and torch.is_grad_enabled())
+    return run(Asked(query, projected.key, projected.value, log_size, asking, layout, scale))
 
 
 def reader_attention(projected: Projected, log_size: Tensor | None, layout: Layout, scale: float) -> Tensor:
@@ -68,7 +76,7 @@ def reader_attention(projected: Projected, log_size: Tensor | None, layout: Layo
 
     Args:
         projected: queries and keys ``[rows, heads, head_dim]``.
-        log_size: ``[rows]``, or None where every token has size 1.
+        log_size: ``[rows]`` or, for a bias per head, ``[rows, heads]``; None where every token has size 1.
         layout: of the rows.
         scale: on the logits.
     """
@@ -76,10 +84,11 @@ def reader_attention(projected: Projected, log_size: Tensor | None, layout: Layo
     reader = layout.prefix_rows(queries)[:, 0] if layout.prefix else torch.stack([own.mean(0) for own in layout.split(queries)])
     # Products and sums rather than a matrix product: with one query per image, arranging the keys for it costs more than it saves.
     logits = (projected.key * layout.spread(reader * scale)).sum(-1)
-    mass = logits if log_size is None else logits + log_size[:, None]
+    bias = None if log_size is None else per_head(log_size).to(logits.dtype)
+    mass = logits if bias is None else logits + bias
     if layout.rectangular:
         share = layout.by_image(mass).log_softmax(1).flatten(0, 1)
-        return share if log_size is None else share - log_size[:, None]
+        return share if bias is None else share - bias
     wide = mass.to(torch.promote_types(mass.dtype, torch.float32))  # sums of hundreds of terms need more digits than halves have
     top = torch.segment_reduce(wide, "max", lengths=layout.lengths, axis=0, unsafe=True)
     total = torch.segment_reduce((wide - layout.spread(top)).exp(), "sum", lengths=layout.lengths, axis=0, unsafe=True)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from hesper.graft.attention import attend, attend_readers, reader_attention
+from hesper.graft.compiling import eager, seam
 from hesper.graft.deciders import Decider
 from hesper.graft.gates import Gate
 from hesper.graft.layout import Layout
 from hesper.graft.stream import Stream
-from hesper.hosts.base import HostBlock
+from hesper.hosts.base import HostBlock, Projected
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,7 @@ class Group:
     rows: Tensor
     layout: Layout
 
+    @eager
     def part(self, stream: Stream) -> Stream:
         """The images' part of the stream."""
         if len(self.layout.counts) == len(stream.layout.counts):
@@ -51,24 +53,35 @@ class Group:
         size, place = (None if of is None else of.index_select(0, self.rows) for of in (stream.size, stream.place))
         return Stream(stream.rows.index_select(0, self.rows), self.layout, size, place=place)
 
+    @eager
     def share(self, power: Tensor | None) -> Tensor | None:
         """Of one number per head those of the heads that are used."""
         return None if power is None else power[list(self.kept)]
 
 
+@seam
 def attention_half(block: HostBlock, stream: Stream, decider: Decider | None, power: Tensor | None = None) -> Half:
     """The half with all heads the block has; sizes count to a ``power`` ``[heads]``, or plainly."""
-    projected, layout = block.project(stream.rows, stream.place), stream.layout
-    log_size = stream.log_sizes(power)
-    update = block.merge_heads(attend(projected, log_size, layout, block.scale))
-    if decider is None:
-        return Half(update, None)
-    attention = projected.key.new_empty(layout.rows, 0)
+    projected = block.project(stream.rows, stream.place)
+    update = block.merge_heads(_mixed(projected, stream, power, block.scale))
+    return Half(update, None if decider is None else _seen(projected, stream, power, block.scale, decider))
+
+
+@eager
+def _mixed(projected: Projected, stream: Stream, power: Tensor | None, scale: float) -> Tensor:
+    """Attention of the stream's rows, ``[rows, heads * head_dim]``."""
+    return attend(projected, stream.log_size(power), stream.layout, scale)
+
+
+@eager
+def _seen(projected: Projected, stream: Stream, power: Tensor | None, scale: float, decider: Decider) -> Seen:
+    attention = projected.key.new_empty(stream.layout.rows, 0)
     if decider.reads_attention:
-        attention = reader_attention(projected, log_size, layout, block.scale)
-    return Half(update, Seen(projected.normed, projected.key, projected.value, attention))
+        attention = reader_attention(projected, stream.log_size(power), stream.layout, scale)
+    return Seen(projected.normed, projected.key, projected.value, attention)
 
 
+@seam
 def gated_half(gate: Gate, stay: Tensor, block: HostBlock, stream: Stream, decider: Decider | None, power: Tensor | None = None) -> Half:
     """The half with the heads that ``stay`` ``[images, heads]`` for each image, and no work for the others."""
     groups = grouped(stay, stream.layout)
@@ -87,13 +100,21 @@ def gated_half(gate: Gate, stay: Tensor, block: HostBlock, stream: Stream, decid
     return Half(update, Seen(**parts))
 
 
+@seam
 def readers_half(block: HostBlock, stream: Stream, power: Tensor | None = None) -> Tensor:
     """The update of the prefix rows alone, ``[images, prefix, width]``."""
-    readers = stream.layout.prefix_rows(stream.rows)
+    readers = prefix_rows(stream)
     projected = block.project_readers(stream.rows, readers, stream.place)
-    return block.merge_heads(attend_readers(projected, stream.log_sizes(power), stream.layout, block.scale))
+    return block.merge_heads(attend_readers(projected, stream.log_size(power), stream.layout, block.scale))
 
 
+@eager
+def prefix_rows(stream: Stream) -> Tensor:
+    """``[images, prefix, width]``."""
+    return stream.layout.prefix_rows(stream.rows)
+
+
+@seam
 def gated_readers_half(gate: Gate, stay: Tensor, block: HostBlock, stream: Stream, power: Tensor | None = None) -> Tensor:
     """As :func:`readers_half`, with the heads that ``stay`` ``[images, heads]`` for each image."""
     groups = grouped(stay, stream.layout)
@@ -101,6 +122,7 @@ def gated_readers_half(gate: Gate, stay: Tensor, block: HostBlock, stream: Strea
     return _in_order(updates, [group.images for group in groups])
 
 
+@eager
 def grouped(stay: Tensor, layout: Layout) -> list[Group]:
     """The images of a batch by the heads they use, ``stay`` ``[images, heads]``.
 
@@ -122,6 +144,7 @@ def grouped(stay: Tensor, layout: Layout) -> list[Group]:
     return groups
 
 
+@eager
 def _for_all_heads(seen: Seen, gate: Gate, kept: tuple[int, ...], decider: Decider) -> Seen:
     """What a group saw, in the shape in which all groups can stand together."""
     key, value = seen.key[:, :0], seen.value[:, :0]
@@ -131,6 +154,7 @@ def _for_all_heads(seen: Seen, gate: Gate, kept: tuple[int, ...], decider: Decid
     return Seen(seen.normed, key, value, attention)
 
 
+@eager
 def _in_order(parts: Sequence[Tensor], where: Sequence[Tensor]) -> Tensor:
     """Parts put back to the places they were taken from."""
     if len(parts) == 1:

@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hesper.graft.buckets import Buckets, side_by_side, together
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -48,7 +50,31 @@ class Layout:
     @cached_property
     def lengths(self) -> Tensor:
         """``[images]`` tokens per image."""
-        return torch.tensor(self.counts, device=self.device)
+        return self._held(self.counts)
+
+    @cached_property
+    def first(self) -> Tensor:
+        """``[images]`` first row of each image."""
+        return self._held(self.bounds[:-1])
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """``[images + 1]`` :attr:`bounds` as variable-length kernels take them, 32-bit."""
+        return self._held(self.bounds, torch.int32)
+
+    @cached_property
+    def together(self) -> list[tuple[int, ...]]:
+        """Images of about equal counts."""
+        return together(self.counts)
+
+    @cached_property
+    def buckets(self) -> Buckets:
+        """Where rows lie when images of about equal counts stand side by side."""
+        return side_by_side(self.bounds, self.together, self.device)
+
+    def _held(self, numbers: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        # From the host without waiting for what the device still has to do.
+        return torch.tensor(numbers, dtype=dtype).to(self.device, non_blocking=True)
 
     @cached_property
     def patches(self) -> Tensor:
@@ -72,7 +98,7 @@ class Layout:
     @cached_property
     def first_patch(self) -> Tensor:
         """``[images]`` row of each image's first patch."""
-        return torch.tensor([first + self.prefix for first in self.bounds[:-1]], device=self.device)
+        return self.first + self.prefix
 
     @cached_property
     def index(self) -> Tensor:
@@ -82,13 +108,12 @@ class Layout:
     @cached_property
     def image(self) -> Tensor:
         """``[rows]`` which image each row belongs to."""
-        return torch.repeat_interleave(torch.arange(len(self.counts), device=self.device), self.lengths)
+        return torch.repeat_interleave(torch.arange(len(self.counts), device=self.device), self.lengths, output_size=self.rows)
 
     @cached_property
     def places(self) -> Tensor:
         """``[rows]`` the place of each row among its image's."""
-        first = torch.tensor(self.bounds[:-1], device=self.device)
-        return torch.arange(self.rows, device=self.device) - self.spread(first)
+        return torch.arange(self.rows, device=self.device) - self.spread(self.first)
 
     def by_image(self, rows: Tensor) -> Tensor:
         """Rows ``[rows, ...]`` as a view ``[images, tokens, ...]``; for rectangular layouts only."""
@@ -112,8 +137,7 @@ class Layout:
         """Prefix rows ``[images, prefix, ...]``."""
         if self.rectangular:
             return self.by_image(rows)[:, : self.prefix]
-        first = torch.tensor(self.bounds[:-1], device=self.device)
-        return rows[first[:, None] + torch.arange(self.prefix, device=self.device)]
+        return rows[self.first[:, None] + torch.arange(self.prefix, device=self.device)]
 
     def with_counts(self, counts: Sequence[int]) -> Layout:
         """The same images with other counts."""

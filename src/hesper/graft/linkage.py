@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from hesper.graft.decision import Decision, grouped_mean
@@ -32,9 +34,8 @@ class Points:
 
     def merged(self, decision: Decision) -> Points:
         """What a decision leaves: every group at its mean, its weight the geometric mean."""
-        place, size = grouped_mean(self.place, self.size, decision)
-        log_weight, _ = grouped_mean(self.log_weight[:, None], self.size, decision)
-        return Points(place, size, log_weight[:, 0], self.layout.with_counts(decision.left))
+        both, size = grouped_mean(torch.cat([self.place, self.log_weight[:, None]], 1), self.size, decision)
+        return Points(both[:, :-1], size, both[:, -1], self.layout.with_counts(decision.left))
 
 
 def link(points: Points, cut: TokenCut, rounds: int) -> Decision:
@@ -66,12 +67,14 @@ def paired(go: Tensor, to: Tensor | None, layout: Layout, first: int = 0, step: 
 
     ``to`` ``[images, candidates]`` is the patch each would merge into, None for drops.
     """
-    image, candidate = go.nonzero(as_tuple=True)
-    start = layout.first_patch.index_select(0, image)
+    # The only place where an accelerator is waited for: what follows from the mask is worked out on the host.
+    image, candidate = go.cpu().numpy().nonzero()
+    start = (np.asarray(layout.bounds) + layout.prefix)[image]
     gone = start + candidate * step + first
-    counts = [len(gone)] if len(go) == 1 else go.sum(1).tolist()
+    counts = np.bincount(image, minlength=len(go)).tolist()
     left = tuple(count - out for count, out in zip(layout.counts, counts, strict=True))
-    return Decision(layout.rows, gone, None if to is None else start + to[image, candidate], left, (layout.counts,))
+    into = None if to is None else start + to.cpu().numpy()[image, candidate]
+    return Decision(layout.rows, gone, into, left, (layout.counts,), device=layout.device)
 
 
 def share(remove: int, number: int, rounds: int) -> int:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from hesper.cost import Counts, dense_macs, model_macs
 from hesper.errors import Unverified, UsageError
+from hesper.graft.compiling import eager, seam
 from hesper.graft.deciders import Decider, State
 from hesper.graft.gates import Gate, reader_row
-from hesper.graft.half import attention_half, gated_half, gated_readers_half, readers_half
+from hesper.graft.half import Seen, attention_half, gated_half, gated_readers_half, prefix_rows, readers_half
 from hesper.graft.layout import Layout, checkerboard
 from hesper.graft.stream import Stream
 from hesper.graft.unmerge import full_grid, stand_ins
@@ -96,6 +97,9 @@ class GraftedViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[images, classes]`` of ``[images, channels, height, width]``."""
+        if self.untouched:  # nothing is decided, so this compiles and exports as one graph
+            self._check(images)
+            return cast(Tensor, self.network(images))
         return self._run(images, False)[0]
 
     @property
@@ -156,7 +160,7 @@ class GraftedViT(nn.Module):
         """
         self._check(images)
         anatomy = self.plan.model.anatomy
-        stream, book = self._embed(images), _Book()
+        stream, book = self._lay_out(self.host.embed(images)), _Book()
         first = stream.layout
         stream.follow()
         for index, block in enumerate(self.host.blocks):
@@ -164,21 +168,24 @@ class GraftedViT(nn.Module):
         where = stand_ins(self._patch_map(stream, first), anatomy.grid)
         return full_grid(self.host.norm(stream.rows), stream.layout, where)
 
-    def _embed(self, images: Tensor) -> Stream:
-        """The stream that enters the first block."""
+    @eager
+    def _lay_out(self, rows: Tensor) -> Stream:
+        """The stream that enters the first block, from embedded ``rows`` ``[images, tokens, width]``."""
         anatomy = self.plan.model.anatomy
-        first = Layout((anatomy.tokens,) * len(images), anatomy.prefix_tokens, images.device)
-        rows, place = self.host.embed(images), first.places.view(len(images), -1)
+        first = Layout((anatomy.tokens,) * len(rows), anatomy.prefix_tokens, rows.device)
+        place = first.places.view(len(rows), -1)
         if self.order is not None:
             order = torch.cat([torch.arange(anatomy.prefix_tokens, device=rows.device), self.order + anatomy.prefix_tokens])
             rows, place = rows.index_select(1, order), place.index_select(1, order)
         return Stream(rows.flatten(0, 1), first, place=place.flatten() if self.host.reads_places else None)
 
+    @eager
     def _patch_map(self, stream: Stream, first: Layout) -> Tensor:
         """Where every patch of the image is, in reading order: ``[images, patches]``."""
         where = stream.patch_map(first)
         return where if self.order is None else where.index_select(1, self.order.argsort())
 
+    @seam
     def _run(self, images: Tensor, trace: bool) -> tuple[Tensor, _Book, list[Tensor]]:
         self._check(images)
         host, anatomy = self.host, self.plan.model.anatomy
@@ -189,7 +196,7 @@ class GraftedViT(nn.Module):
                 book.add(first.counts, first.counts, first.counts, block.heads)
             same = torch.arange(anatomy.tokens - anatomy.prefix_tokens, device=images.device).expand(len(images), -1)
             return self.network(images), book, [same] * anatomy.depth
-        stream = self._embed(images)
+        stream = self._lay_out(self.host.embed(images))
         if trace:
             stream.follow()
         last = anatomy.depth - 1 if self.plan.skip_unread else anatomy.depth
@@ -201,6 +208,7 @@ class GraftedViT(nn.Module):
         logits = self._finish_readers(stream, book) if self.plan.skip_unread else self._finish(stream)
         return logits, book, maps
 
+    @seam
     def _through(self, index: int, block: HostBlock, stream: Stream, book: _Book, decide: bool = True) -> None:
         """One block's halves, with the decision between them."""
         layout = stream.layout
@@ -213,14 +221,21 @@ class GraftedViT(nn.Module):
             else gated_half(self._gate(index), stay, block, stream, decider, power)
         )
         stream.add(half.update)
-        if decider is not None and (seen := half.seen) is not None:
-            with torch.no_grad():
-                decision = decider(State(stream.rows, seen.normed, seen.key, seen.value, seen.attention, stream.sizes(), layout))
-            book.entered[index] = decision.entered
-            stream.carry_out(decision, decider.restoration)
+        if decider is not None and half.seen is not None:
+            self._decide(index, decider, half.seen, stream, book)
         book.add(layout.counts, layout.counts, stream.layout.counts, block.heads)
         stream.feed(block.feed)
 
+    @eager
+    def _decide(self, index: int, decider: Decider, seen: Seen, stream: Stream, book: _Book) -> None:
+        """Let go what the block's decider lets go."""
+        with torch.no_grad():
+            state = State(stream.rows, seen.normed, seen.key, seen.value, seen.attention, stream.sizes(), stream.layout)
+            decision = decider(state)
+        book.entered[index] = decision.entered
+        stream.carry_out(decision, decider.restoration)
+
+    @eager
     def _size_power(self, index: int) -> Tensor | None:
         """To which power sizes count in the attention of the heads a block has, ``[heads]``; None where it is one for all."""
         if self._plain_sizes and not self.size_exponent.requires_grad:
@@ -230,6 +245,7 @@ class GraftedViT(nn.Module):
     def _gate(self, index: int) -> Gate:
         return cast(Gate, self.gates[str(index)])
 
+    @eager
     def _stay(self, index: int, block: HostBlock, stream: Stream, book: _Book) -> Tensor | None:
         """Which heads stay, ``[images, heads]``; None where all do."""
         if str(index) not in self.gates:
@@ -268,16 +284,22 @@ class GraftedViT(nn.Module):
             used[:, block, left] = stay
         return used
 
+    @seam
     def _finish(self, stream: Stream) -> Tensor:
         """Logits from the last rows; a pooling classifier weighs every token by its size."""
+        return self.host.readout(*self._read(stream, self.host.norm(stream.rows)))
+
+    @eager
+    def _read(self, stream: Stream, normed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the classifier reads of ``normed`` rows: prefix, patches if it reads them, and what these count for."""
         layout = stream.layout
-        normed = self.host.norm(stream.rows)
         prefix = layout.prefix_rows(normed)
         if not self.plan.model.anatomy.reads_patches:
-            return self.host.readout(prefix, None)
+            return prefix, None, None
         weight = None if stream.size is None and layout.rectangular else layout.padded(stream.sizes()) * layout.valid
-        return self.host.readout(prefix, layout.padded(normed), weight)
+        return prefix, layout.padded(normed), weight
 
+    @seam
     def _finish_readers(self, stream: Stream, book: _Book) -> Tensor:
         """The last block for the prefix alone: nobody reads its patch tokens, so leaving them out changes nothing."""
         block, layout = self.host.blocks[-1], stream.layout
@@ -285,7 +307,7 @@ class GraftedViT(nn.Module):
         stay = self._stay(last, block, stream, book)
         power = self._size_power(last)
         update = readers_half(block, stream, power) if stay is None else gated_readers_half(self._gate(last), stay, block, stream, power)
-        prefix = layout.prefix_rows(stream.rows) + update
+        prefix = prefix_rows(stream) + update
         prefix = prefix + block.feed(prefix)
         readers = (layout.prefix,) * len(layout.counts)
         book.add(layout.counts, readers, readers, block.heads)

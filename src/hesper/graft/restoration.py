@@ -54,7 +54,8 @@ def restored_mean(values: Tensor, size: Tensor, decision: Decision, restoration:
     """As :func:`~hesper.graft.decision.grouped_mean`, with what was merged restored; other rows stay as they are.
 
     Example:
-        >>> merge = Decision(2, torch.tensor([1]), torch.tensor([0]), (1,))
+        >>> import numpy as np
+        >>> merge = Decision(2, np.array([1]), np.array([0]), (1,))
         >>> x, one = torch.tensor([[3.0, 0.0], [0.0, 3.0]]), torch.ones(2)
         >>> round(restored_mean(x, one, merge, Restoration(2))[0].norm().item(), 5)
         3.0
@@ -62,9 +63,8 @@ def restored_mean(values: Tensor, size: Tensor, decision: Decision, restoration:
     mean, total = grouped_mean(values, size, decision)
     if restoration is None:
         return mean, total
-    hit, group = torch.unique(decision.to, return_inverse=True)
-    home, gone = decision.kept.index_select(0, hit), decision.gone
-    length = values.index_select(0, home).norm(dim=1) * size.index_select(0, home)
-    length = length.index_add(0, group, values.index_select(0, gone).norm(dim=1) * size.index_select(0, gone))
-    length = length / total.index_select(0, hit)
-    return mean.index_copy_(0, hit, restoration(mean.index_select(0, hit), length[:, None])), total
+    groups = decision.groups
+    lengths = torch.linalg.vector_norm(values.index_select(0, groups.member), dim=1) * size.index_select(0, groups.member)
+    own = total.index_select(0, groups.hit)
+    length = torch.zeros_like(own).index_add_(0, groups.group, lengths).div_(own)
+    return mean.index_copy_(0, groups.hit, restoration(mean.index_select(0, groups.hit), length[:, None])), total

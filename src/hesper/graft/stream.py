@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from hesper.graft.compiling import eager, seam
 from hesper.graft.decision import Decision
 from hesper.graft.layout import Layout
 from hesper.graft.restoration import Restoration, restored_mean
@@ -31,16 +33,20 @@ class Stream:
     size: Tensor | None = None
     origin: Tensor | None = None
     place: Tensor | None = None
+    _log_size: Tensor | None = None  # sizes change only where a decision is carried out, and every block in between reads them
 
+    @eager
     def follow(self) -> None:
         """Start following where each original row goes."""
         self.origin = torch.arange(self.layout.rows, device=self.rows.device)
 
+    @eager
     def add(self, update: Tensor) -> None:
         """Add a residual update ``[rows, width]``."""
         # In place unless autograd may need the old rows: a fresh block of memory per half costs more than the sum itself.
         self.rows = self.rows + update if torch.is_grad_enabled() else self.rows.add_(update)
 
+    @seam
     def feed(self, half: Callable[[Tensor], Tensor]) -> None:
         """Add the update of a feed-forward ``half``, which treats every row alone."""
         if len(self.rows) <= PIECE or torch.is_grad_enabled() or self.rows.device.type != "cpu":
@@ -53,41 +59,42 @@ class Stream:
         """``[rows]`` sizes, ones included."""
         return torch.ones_like(self.rows[:, 0]) if self.size is None else self.size
 
-    def log_sizes(self, power: Tensor | None = None) -> Tensor | None:
+    @eager
+    def log_size(self, power: Tensor | None = None) -> Tensor | None:
         """What attention adds to its logits: log s ``[rows]``, or with a ``power`` p ``[heads]`` p log s ``[rows, heads]``.
 
-        None while every token has size 1.
+        In single precision at least; None while every token stands for itself.
         """
-        if self.size is None:
-            return None
-        return self.size.log() if power is None else self.size.log()[:, None] * power
+        if self._log_size is None and self.size is not None:
+            self._log_size = self.size.to(torch.promote_types(self.size.dtype, torch.float32)).log()
+        return self._log_size if power is None or self._log_size is None else self._log_size[:, None] * power
 
     def carry_out(self, decision: Decision, restoration: Restoration | None = None) -> None:
         """Take the decided tokens out; what is merged leaves its mass where it goes (:func:`~hesper.graft.restoration.restored_mean`)."""
         if not len(decision.gone):
             return
-        before, size = self.rows, self.sizes()
+        before, size, self._log_size = self.rows, self.sizes(), None
         if decision.into is None:
-            self.rows = before.index_select(0, decision.kept)
-            self.size = None if self.size is None else size.index_select(0, decision.kept)
+            self.rows = before.index_select(0, decision.staying)
+            self.size = None if self.size is None else size.index_select(0, decision.staying)
         else:
             self.rows, self.size = restored_mean(before, size, decision, restoration)
-        self.place = None if self.place is None else self.place.index_select(0, decision.kept)
+        self.place = None if self.place is None else self.place.index_select(0, decision.staying)
         self.layout = self.layout.with_counts(decision.left)
         self._trace(decision)
 
     def _trace(self, decision: Decision) -> None:
         if self.origin is None:
             return
-        target = torch.full((decision.rows,), -1, device=self.origin.device)
-        target[decision.kept] = torch.arange(len(decision.kept), device=self.origin.device)
+        target = np.full(decision.rows, -1)
+        target[decision.kept] = np.arange(len(decision.kept))
         if decision.into is not None:
             target[decision.gone] = decision.to
-        self.origin = torch.where(self.origin >= 0, target[self.origin.clamp_min(0)], -1)
+        where = torch.from_numpy(target).to(self.origin.device)
+        self.origin = torch.where(self.origin >= 0, where[self.origin.clamp_min(0)], -1)
 
     def patch_map(self, first: Layout) -> Tensor:
         """``[images, patches]``: place among its image's patches of the one that stands for each original patch, -1 where dropped."""
         assert self.origin is not None
-        starts = torch.tensor(self.layout.bounds[:-1], device=self.origin.device) + self.layout.prefix
-        local = torch.where(self.origin >= 0, self.origin - starts[first.image], -1)
+        local = torch.where(self.origin >= 0, self.origin - self.layout.first_patch[first.image], -1)
         return first.padded(local)

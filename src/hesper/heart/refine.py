@@ -53,9 +53,10 @@ def refine(module: nn.Module, plan: Plan, tables: Tables, batches: Iterable[Batc
         drift = loss.per_image(cut(batch.images), batch, dense.clone()).mean()
         if not bool(torch.isfinite(drift)):
             raise JobError("The drift is not finite while merging is refined; check the model's weights and the images.")
-        optimiser.zero_grad()
-        drift.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
+        if drift.requires_grad:  # else nothing merged, and nothing was learned from these images
+            optimiser.zero_grad()
+            drift.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
         falling.step()
     found = {name: tensor.detach().float().cpu() for name, (tensor, _) in learned.items()}
     return replace(tables, tensors={**tables.tensors, **found})

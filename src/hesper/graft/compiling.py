@@ -1,0 +1,28 @@
+"""What ``torch.compile`` may look into: a host's halves, and nothing that decides, packs or unpacks.
+
+Token counts depend on the images, so a graph over them would be made anew for almost every batch. The halves see rows alone: one
+graph for any number of them serves all blocks of a shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+
+REASON = (
+    "Which tokens stay is decided image by image, so a grafted model does not compile as one graph; use torch.compile without fullgraph."
+)
+
+Run = TypeVar("Run", bound=Callable[..., Any])
+
+
+def seam(function: Run) -> Run:
+    """A function that is never compiled itself, while what it calls may be."""
+    return cast(Run, torch.compiler.disable(function, recursive=False, reason=REASON))  # type: ignore[no-untyped-call]
+
+
+def eager(function: Run) -> Run:
+    """A function that is never compiled, nor anything it calls."""
+    return cast(Run, torch.compiler.disable(function, reason=REASON))  # type: ignore[no-untyped-call]
