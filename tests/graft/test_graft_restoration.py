@@ -18,8 +18,8 @@ def rows(seed: int = 3) -> torch.Tensor:
 
 def learned(stretch: float, seed: int = 0) -> Restoration:
     draw = torch.Generator().manual_seed(seed)
-    gain, shift = torch.randn(2, 5, generator=draw) * 0.1
-    return Restoration(5, {"restoration.stretch": torch.tensor(stretch), "restoration.gain": gain, "restoration.shift": shift}).double()
+    gain = torch.randn(5, generator=draw) * 0.1
+    return Restoration(5, {"restoration.stretch": torch.tensor(stretch), "restoration.gain": gain}).double()
 
 
 def test_merged_tokens_have_the_mean_length_and_the_direction_of_the_mean() -> None:
@@ -41,7 +41,7 @@ def test_a_learned_restoration_follows_its_formula_and_leaves_alone_what_did_not
         share = SIZE[group] / SIZE[group].sum()
         mean, length = (x[group] * share[:, None]).sum(0), (x[group].norm(dim=1) * share).sum()
         ratio = min(float(length / mean.norm()), MOST_STRETCHED)
-        expected = (1 + restoration.gain) * mean * ratio ** float(restoration.stretch) + length * restoration.shift
+        expected = (1 + restoration.gain) * mean * ratio ** float(restoration.stretch)
         torch.testing.assert_close(out[place], x[group[0]] if len(group) == 1 else expected, rtol=1e-12, atol=1e-12)
 
 
@@ -63,8 +63,8 @@ def test_nearly_opposite_tokens_are_stretched_by_a_factor_of_four_at_most() -> N
 
 
 def test_gradients_reach_what_is_learned() -> None:
-    def out(stretch: torch.Tensor, gain: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        tables = {"restoration.stretch": stretch, "restoration.gain": gain, "restoration.shift": shift}
+    def out(stretch: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        tables = {"restoration.stretch": stretch, "restoration.gain": gain}
         return restored_mean(rows(), SIZE, DECISION, Restoration(5, tables))[0]
 
     start = [tensor.detach().requires_grad_() for tensor in learned(1.2).state_dict().values()]

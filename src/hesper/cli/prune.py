@@ -101,6 +101,14 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
 @click.option("--rank", type=click.IntRange(1), default=24, show_default=True, metavar="R", help="Dimensions of the curvature metric.")
 @click.option("--gamma", type=float, default=0.35, show_default=True, metavar="G", help="Power of the token curvature.")
 @click.option("--rounds", type=click.IntRange(1, 8), default=2, show_default=True, help="Rounds of matching in a decision to merge.")
+@click.option(
+    "--refine",
+    type=click.IntRange(0, 100),
+    default=5,
+    show_default=True,
+    metavar="EPOCHS",
+    help="How long to learn what merging gives back.",
+)
 @with_batch_size
 @with_device
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, metavar="N", help="For all that is random.")
@@ -195,7 +203,7 @@ def _settings(options: dict[str, Any], kind: str) -> Settings:
     from hesper.heart.criteria import Criterion
     from hesper.heart.prune import Settings
 
-    plain = ("combine", "counts", "schedule", "tokens", "heads", "rank", "gamma", "rounds", "blocks", "batch_size", "seed")
+    plain = ("combine", "counts", "schedule", "tokens", "heads", "rank", "gamma", "rounds", "refine", "blocks", "batch_size", "seed")
     criterion = Criterion(options["criterion"], options["temperature"], options["draws"])
     return Settings(_budget(options, kind), criterion, **{name: options[name] for name in plain})
 

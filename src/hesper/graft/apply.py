@@ -29,8 +29,7 @@ def graft(module: nn.Module, plan: Plan, tables: Mapping[str, Tensor] | None = N
             ``{block}.router.attention`` ``[heads]`` (the dense model's heads; those of removed heads are left out),
             ``{block}.router.offset`` ``[]``; for gates ``{block}.gate.direction`` ``[width, heads]``, ``{block}.gate.offset`` ``[heads]``
             and, where the block has a router too, ``{block}.router.mean_attention`` ``[heads]``. Where they were learned also
-            ``{block}.restoration.stretch`` ``[]``, ``{block}.restoration.gain`` and ``{block}.restoration.shift`` ``[width]``, and
-            ``size_exponent`` ``[depth, heads]``.
+            ``{block}.restoration.stretch`` ``[]``, ``{block}.restoration.gain`` ``[width]`` and ``size_exponent`` ``[depth, heads]``.
 
     Raises:
         UsageError: the model has another anatomy than the plan's, a table is missing or of another shape, or the plan asks for
@@ -128,7 +127,7 @@ def _tables(cut: TokenCut, plan: Plan, tables: Mapping[str, Tensor]) -> dict[str
     if cut.combine == "merge" and plan.pricing is not None:
         shapes = {"root": (anatomy.width, plan.pricing.rank), **shapes}
     own = _named(cut.block, "tokens", shapes, tables)
-    for name, shape in {"restoration.stretch": (), "restoration.gain": (anatomy.width,), "restoration.shift": (anatomy.width,)}.items():
+    for name, shape in {"restoration.stretch": (), "restoration.gain": (anatomy.width,)}.items():
         if (learned := _learned(tables, f"{cut.block}.{name}", shape)) is not None:
             own[name] = learned
     left = _heads_left(cut.block, plan)

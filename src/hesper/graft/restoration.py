@@ -16,15 +16,15 @@ MOST_STRETCHED = 4.0
 class Restoration(nn.Module):
     """Stretches a mean towards its members' mean length, and gives every channel what averaging takes from it in general.
 
-        x = (1 + gain) * m (l / |m|)^stretch + l shift
+        x = (1 + gain) * m (l / |m|)^stretch
 
     with m the size-weighted mean of the members and l their mean length. Averaging shortens: tokens that differ cancel where they
     differ, and the updates of later blocks, whose size the norm fixes, would then turn the merged token further than any of
-    its members. Without tables the stretch is one, gain and shift are zero: a merged token has the mean length of its members.
+    its members. Without tables the stretch is one and the gain zero: a merged token has the mean length of its members.
 
     Args:
         width: of the stream.
-        tables: ``restoration.stretch`` ``[]``, ``restoration.gain`` and ``restoration.shift`` ``[width]``, each where it was learned.
+        tables: ``restoration.stretch`` ``[]`` and ``restoration.gain`` ``[width]``, each where it was learned.
 
     Example:
         >>> Restoration(2)(torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0]])).norm().round(decimals=4).item()
@@ -33,21 +33,19 @@ class Restoration(nn.Module):
 
     stretch: Tensor
     gain: Tensor
-    shift: Tensor
 
     def __init__(self, width: int, tables: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         tables = tables or {}
         self.register_buffer("stretch", tables.get("restoration.stretch", torch.ones(())).clone())
         self.register_buffer("gain", tables.get("restoration.gain", torch.zeros(width)).clone())
-        self.register_buffer("shift", tables.get("restoration.shift", torch.zeros(width)).clone())
 
     def forward(self, mean: Tensor, length: Tensor) -> Tensor:
         """``[..., width]`` from means ``[..., width]`` and mean lengths ``[..., 1]``."""
         # Where members cancel, what is left of them is rounding and has no direction to be stretched along.
         least = (length / MOST_STRETCHED).clamp_min(torch.finfo(length.dtype).tiny)
         ratio = length.clamp_min(torch.finfo(length.dtype).tiny) / torch.maximum(mean.norm(dim=-1, keepdim=True), least)
-        return mean * ratio**self.stretch * (1 + self.gain) + length * self.shift
+        return mean * ratio**self.stretch * (1 + self.gain)
 
 
 def restored_mean(values: Tensor, size: Tensor, decision: Decision, restoration: Restoration | None) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ class Settings:
     rank: int = 24
     gamma: float = 0.35
     rounds: int = 2
-    refine: int = 5
+    refine: int = 8
     blocks: Stages | Literal["auto"] = "auto"
     batch_size: int = 32
     seed: int = 0
@@ -220,7 +220,9 @@ class _Job:
         generator = torch.Generator().manual_seed(self.settings.seed)  # its own: a job that goes on has drawn less from the other
         tables = self.passes.refined(self.model.host.module, family.at(dial), family.tables, indices, epochs, generator)
         tables = self.team.first(tables)
-        return replace(family, name=f"{family.name}, refined", tables=tables, calibrated=self._shape(tables))
+        pricing = None if family.blank.pricing is None else replace(family.blank.pricing, refine=epochs)
+        blank = replace(family.blank, pricing=pricing)
+        return replace(family, name=f"{family.name}, refined", blank=blank, tables=tables, calibrated=self._shape(tables))
 
     def _blank(self) -> Plan:
         settings = self.settings

@@ -125,6 +125,8 @@ def _check_pricing(plan: Plan) -> None:
         raise UsageError(f"pricing.gamma is {pricing.gamma}; it must be 0 (no token curvature) or more")
     if pricing.rounds < 1:
         raise UsageError(f"pricing.rounds is {pricing.rounds}; a decision needs at least 1 round of matching")
+    if pricing.refine < 0:
+        raise UsageError(f"pricing.refine is {pricing.refine}; merging is refined in 0 (not at all) or more epochs")
 
 
 def check_budget(budget: Budget) -> None:
