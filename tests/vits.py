@@ -65,6 +65,16 @@ def tables(model: VisionTransformer, seed: int = 2) -> dict[str, Tensor]:
     return out
 
 
+def learned_tables(model: VisionTransformer) -> dict[str, Tensor]:
+    """Random values of what refining merging learns, far from where it starts."""
+    anatomy, generator = open_host(model).anatomy, torch.Generator().manual_seed(7)
+    out = {"size_exponent": 0.4 + torch.rand(anatomy.depth, anatomy.heads, generator=generator)}
+    for block in range(anatomy.depth):
+        out[f"{block}.restoration.stretch"] = torch.rand((), generator=generator) * 2
+        out[f"{block}.restoration.gain"] = torch.randn(anatomy.width, generator=generator) * 0.3
+    return out
+
+
 def plan_for(
     model: VisionTransformer,
     cuts: Sequence[TokenCut] = (),
@@ -86,7 +96,10 @@ def cuts_of(combine: Combine, blocks: Sequence[int], **how: Any) -> list[TokenCu
 
 
 def attention_by_hand(block: Any, stream: Tensor, copies: Tensor) -> Tensor:
-    """The stream after one block's attention for one image ``[tokens, width]``, key j counted ``copies[j]`` times."""
+    """The stream after one block's attention for one image ``[tokens, width]``, key j counted ``copies[j]`` times.
+
+    ``copies`` is ``[tokens]``, or ``[heads, 1, tokens]`` where heads count differently.
+    """
     attn = block.attn
     qkv = attn.qkv(block.norm1(stream)).view(len(stream), 3, attn.num_heads, attn.head_dim)
     query, key, value = attn.q_norm(qkv[:, 0]), attn.k_norm(qkv[:, 1]), qkv[:, 2]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
+from safetensors import safe_open
 
 import hesper as package
 from cli_helpers import NAME, QUICK, hesper, sentence, write_images
@@ -181,6 +182,29 @@ def test_sets_of_blocks_are_compared_on_all_fitting_images(
     compared = {stage: total for stage, total in stages.items() if stage.startswith("Compare sets of blocks")}
     assert len(compared) > 1 and set(compared.values()) == {12}
     assert {total for stage, total in stages.items() if stage.startswith("Search the dial")} == {4}
+
+
+def test_merging_is_refined_on_images_that_do_not_place_the_dial(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hesper.heart.prune.TUNE_IMAGES", 8)
+    monkeypatch.setattr("hesper.heart.prune.LEAST_REFINE_IMAGES", 8)
+    images = write_images(tmp_path / "calib", 16)
+    words = ("--weights", weights, "--calib", images, "--macs", 0.5, *QUICK)
+    for name, epochs in (("plain", 0), ("refined", 6)):
+        result = hesper("prune", NAME, *words, "--refine", epochs, "--out", tmp_path / name)
+        assert result.exit_code == 0, result.stderr
+    plain, refined = (open_run(tmp_path / name) for name in ("plain", "refined"))
+    assert plain.plan.pricing is not None and refined.plan.pricing is not None and refined.plan.measured is not None
+    assert (plain.plan.pricing.refine, refined.plan.pricing.refine) == (0, 6)
+    assert "refined in 6 epochs" in hesper("show", tmp_path / "refined").stdout
+    drift = [json.loads(hesper("eval", tmp_path / name, "--data", images, "--json").stdout)["drift_kl"] for name in ("plain", "refined")]
+    assert drift[1] < drift[0]
+    model = package.load(tmp_path / "refined")
+    assert not torch.equal(model.size_exponent, torch.ones_like(model.size_exponent))
+    with (
+        safe_open(tmp_path / "plain" / "model.safetensors", "pt") as one,
+        safe_open(tmp_path / "refined" / "model.safetensors", "pt") as two,
+    ):
+        assert all(torch.equal(one.get_tensor(key), two.get_tensor(key)) for key in one.keys() if key.startswith("network."))  # noqa: SIM118
 
 
 def test_a_disk_that_fills_after_the_run_is_written_leaves_the_run(

@@ -22,7 +22,7 @@ from hesper.graft.deciders import State
 from hesper.heart.gated import HEAD_GATES, TOKEN_GATES, gated_forward, ones
 from hesper.hosts import open_host
 from hesper.plan import HeadCut, HeadGate, TokenCut
-from vits import READERS, REMOVABLE, cuts_of, gate_tables, pictures, plan_for, tables, vit
+from vits import READERS, REMOVABLE, cuts_of, gate_tables, learned_tables, pictures, plan_for, tables, vit
 
 DOUBLE = torch.float64
 EVERY = tuple(HeadGate(block, 1.0) for block in range(4))
@@ -296,3 +296,18 @@ def test_the_price_of_a_head_is_compared_on_the_scale_of_the_threshold() -> None
     for threshold, stay in ((0.49, 3), (0.51, 2), (2.01, 1), (100.0, 1)):
         cut = graft(model, plan_for(model, gates=[HeadGate(0, threshold)]), flat)
         assert cut.run(images).traffic.heads[0, 0] == stay
+
+
+@pytest.mark.parametrize("kind", ["plain", "registers"])
+@torch.no_grad()
+def test_heads_that_stay_keep_their_own_power_of_sizes(kind: str) -> None:
+    """With learned exponents, a gated image merges as in a model from which the heads it does not use are removed for good."""
+    model, images = vit(kind, DOUBLE), pictures(6, DOUBLE)
+    found, cuts = {**tables(model), **gate_tables(model), **learned_tables(model)}, cuts_of("merge", [0, 1, 2], remove=3)
+    cut = graft(model, plan_for(model, cuts, gates=EVERY, heads=[HeadCut(1, (0,))]), found)
+    outcome = cut.run(images, trace=True)
+    assert outcome.used is not None and outcome.used[:, 2].unique(dim=0).shape[0] > 1
+    for image in range(6):
+        unused = {block: tuple((~outcome.used[image, block]).nonzero().flatten().tolist()) for block in range(4)}
+        alone = graft(model, plan_for(model, cuts, heads=[HeadCut(block, gone) for block, gone in unused.items() if gone]), found)
+        torch.testing.assert_close(alone(images[image : image + 1])[0], outcome.logits[image], rtol=1e-6, atol=1e-6)

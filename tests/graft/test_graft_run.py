@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from vits import (
     attention_by_hand,
     cuts_of,
     feed_by_hand,
+    learned_tables,
     logits_by_hand,
     pictures,
     plan_for,
@@ -68,12 +70,19 @@ def grafted(kind: str, dtype: torch.dtype = torch.float32, criterion: str = "kl"
 
 
 def by_hand(
-    model: Any, image: Tensor, decide: Any, keeps_length: bool = False, order: list[int] | None = None
+    model: Any,
+    image: Tensor,
+    decide: Any,
+    keeps_length: bool = False,
+    order: list[int] | None = None,
+    learned: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, list[list[int]]]:
     """One image through explicit lists of clusters: ``decide(block, tokens)`` gives {gone place: into place or None}.
 
     A cluster is a token with the original patches it stands for; attention counts it once per patch. Clusters start in ``order``.
+    With what was ``learned``, a head counts a cluster by its own power, and what merged is stretched and weighed as learned.
     """
+    learned = learned or {}
     prefix = model.num_prefix_tokens
     stream = open_host(model).embed(image[None])[0]
     places = list(range(len(stream) - prefix)) if order is None else order
@@ -81,7 +90,8 @@ def by_hand(
     clusters: list[list[int]] = [[] for _ in range(prefix)] + [[patch] for patch in places]
     for index, block in enumerate(model.blocks):
         copies = torch.tensor([max(len(c), 1) for c in clusters], dtype=stream.dtype)
-        stream = attention_by_hand(block, stream, copies)
+        counted = copies ** learned["size_exponent"][index][:, None, None].to(copies) if learned else copies
+        stream = attention_by_hand(block, stream, counted)
         fates = decide(index)
         if fates is not None:
             fates = {place + prefix: None if into is None else into + prefix for place, into in fates.items()}
@@ -92,8 +102,10 @@ def by_hand(
                 group = [place, *(source for source, into in fates.items() if into == place)]
                 weights = torch.tensor([max(len(clusters[one]), 1) for one in group], dtype=stream.dtype)
                 mean = (stream[group] * weights[:, None]).sum(0) / weights.sum()
-                if keeps_length:
-                    mean = mean / mean.norm() * (stream[group].norm(dim=1) * weights).sum() / weights.sum()
+                if keeps_length and len(group) > 1:
+                    ratio = (stream[group].norm(dim=1) * weights).sum() / weights.sum() / mean.norm()
+                    gain = learned.get(f"{index}.restoration.gain", torch.zeros(()))
+                    mean = mean * ratio.clamp_max(4) ** float(learned.get(f"{index}.restoration.stretch", 1.0)) * (1 + gain)
                 merged.append((mean, [patch for one in group for patch in clusters[one]] if len(group) > 1 else cluster))
             stream, clusters = torch.stack([mean for mean, _ in merged]), [cluster for _, cluster in merged]
         stream = feed_by_hand(block, stream)
@@ -150,6 +162,27 @@ def test_what_is_decided_is_done(kind: str, criterion: str, combine: Any, adapti
         for state, _ in watch.seen:
             sizes = [own[state.layout.prefix :].sum().item() for own in state.layout.split(state.size)]
             assert sizes == pytest.approx([12] * 5)
+
+
+@pytest.mark.parametrize("kind", ["plain", "registers", "pooled", "qk_norm"])
+@torch.no_grad()
+def test_what_was_learned_of_merging_is_carried_out(kind: str) -> None:
+    """Sizes to a power of their own in every head, and restored means, against explicit lists of clusters; alone and in a batch."""
+    model, images = vit(kind, DOUBLE), pictures(5, DOUBLE)
+    found = learned_tables(model)
+    plan = plan_for(model, cuts_of("merge", [0, 1, 2], threshold=threshold(kind, "kl", "merge")))
+    cut = graft(model, plan, {**tables(model), **found})
+    watch = Watch(cut)
+    outcome = cut.run(images)
+    assert len(set(outcome.traffic.fed[:, 1])) > 1
+    seen = list(watch.seen)
+    for image in range(5):
+        decisions = {block: fates_of(state, decision, image) for block, (state, decision) in enumerate(seen)}
+        logits, _ = by_hand(model, images[image], decisions.get, True, learned=found)
+        torch.testing.assert_close(outcome.logits[image], logits, rtol=1e-6, atol=1e-6)  # tables are single precision
+        torch.testing.assert_close(cut(images[image : image + 1])[0], outcome.logits[image], rtol=1e-9, atol=1e-9)
+    plain = graft(model, plan, tables(model))
+    assert not torch.allclose(plain(images), outcome.logits, atol=1e-3)
 
 
 @torch.no_grad()

@@ -92,6 +92,27 @@ def test_the_family_that_drifts_less_on_more_images_wins_though_few_images_say_o
 
 
 @pytest.mark.parametrize("budget", [Budget("macs", 0.6, 0.95), Budget("loss", 0.05, 0.95)])
+@pytest.mark.parametrize(("refined", "wins"), [(0.7, True), (1.4, False)])
+def test_a_refined_family_is_taken_where_it_does_better_and_then_proven(budget, refined, wins):
+    drift, asked, proven = {"plain": 1.0, "plain, refined": refined}, [], []
+
+    def refine(one, dial):
+        asked.append(dial)
+        return dataclasses.replace(one, name="plain, refined")
+
+    def verify(one):
+        proven.append(one.name)
+        return world(400, 0, drift[one.name])
+
+    chosen = choose([family()], budget, lambda f: world(100, 1, drift[f.name]), verify, refine=refine)
+    assert [chosen.family.name] == proven == ["plain, refined" if wins else "plain"]
+    assert len(asked) == 1 and 0.1 < asked[0] / chosen.dial < 10
+    assert {point.n for point in chosen.points} == {100, 400}
+    truth = drift[chosen.family.name]
+    assert all(point.drift_kl == pytest.approx(truth * point.dial * 100 * math.exp(0.5), rel=0.6) for point in chosen.points)
+
+
+@pytest.mark.parametrize("budget", [Budget("macs", 0.6, 0.95), Budget("loss", 0.05, 0.95)])
 def test_a_family_of_heads_that_cuts_none_is_not_measured(budget):
     seen = []
 
