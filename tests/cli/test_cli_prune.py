@@ -195,7 +195,7 @@ def test_merging_is_refined_on_images_that_do_not_place_the_dial(tmp_path: Path,
     plain, refined = (open_run(tmp_path / name) for name in ("plain", "refined"))
     assert plain.plan.pricing is not None and refined.plan.pricing is not None and refined.plan.measured is not None
     assert (plain.plan.pricing.refine, refined.plan.pricing.refine) == (0, 6)
-    assert "refined in 6 epochs" in " ".join(hesper("show", tmp_path / "refined").stdout.split())
+    assert "learned in 6 epochs" in " ".join(hesper("show", tmp_path / "refined").stdout.split())
     drift = [json.loads(hesper("eval", tmp_path / name, "--data", images, "--json").stdout)["drift_kl"] for name in ("plain", "refined")]
     assert drift[1] < drift[0]
     model = package.load(tmp_path / "refined")

@@ -39,8 +39,9 @@ def _asked(plan: Plan) -> list[str]:
     if plan.pricing is not None:
         pricing = plan.pricing
         how = f"T = {pricing.temperature:g}, {pricing.draws} draws, rank {pricing.rank}, gamma {pricing.gamma:g}, {pricing.rounds} rounds"
-        text = f"criterion {pricing.criterion}, {how}" + (f", merging refined in {pricing.refine} epochs" if pricing.refine else "")
-        lines += _labelled("priced", text)
+        lines += _labelled("priced", f"criterion {pricing.criterion}, {how}")
+        if pricing.refine:
+            lines += _labelled("refined", f"what merged tokens get back and weigh, learned in {pricing.refine} epochs")
     if plan.expected_loss is not None:
         lines += _labelled("expected", f"loss {_estimate(plan.expected_loss, ' nats')}")
     return lines
