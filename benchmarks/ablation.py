@@ -25,14 +25,15 @@ from hesper.graft import graft
 from hesper.heart.calibrate import calibration
 from hesper.heart.criteria import Criterion
 from hesper.heart.family import STAGES, Counts, Family, Heads, Stages, deciding_blocks
-from hesper.heart.fit import Atlas, Tables, fit_tables, survey
-from hesper.heart.prune import FIT_SHARE, MOST_FIT_IMAGES
-from hesper.hosts.open import OpenModel
+from hesper.heart.fit import Tables, fit_tables, survey
+from hesper.heart.prune import FIT_SHARE, MOST_FIT_IMAGES, TUNE_IMAGES, Settings
+from hesper.heart.refine import refine
 from hesper.measure.evaluate import dense_logits, evaluate
 from hesper.plan import Combine, Pricing, Schedule, empty_plan
 
 TARGETS, GENTLE = (0.66, 0.5), (0.95, 0.9)
 SURVEY, CALIBRATE = 64, 64
+EPOCHS = Settings.refine
 DEAREST = 10.0  # nats: where the dial ends
 
 
@@ -47,6 +48,7 @@ class Choice:
     heads: Heads = "none"
     rounds: int = ROUNDS
     tokens: bool = True
+    refined: bool = False
     targets: tuple[float, ...] = TARGETS
 
 
@@ -54,6 +56,7 @@ BASE = Choice()
 MILD = Choice(targets=GENTLE)
 ROWS = {
     "base": BASE,
+    "refined": replace(BASE, refined=True),
     "fixed": replace(BASE, counts="fixed"),
     "symmetric": replace(BASE, schedule="symmetric"),
     "fixed symmetric": replace(BASE, counts="fixed", schedule="symmetric"),
@@ -73,18 +76,70 @@ ROWS = {
 }
 
 
-def family(model: OpenModel, choice: Choice, tables: Tables, atlas: Atlas, images: list) -> Family:
-    anatomy = model.ref.anatomy
-    plan = replace(
-        empty_plan(model.ref.name, anatomy),
-        model=model.ref,
-        schedule=choice.schedule,
-        pricing=Pricing("kl", 4.0, 3, RANK, GAMMA, choice.rounds),
-        skip_unread=not anatomy.reads_patches and choice.targets == TARGETS,
-    )
-    shape = calibration(model.host.module, tables.tensors, lambda: images, choice.counts, choice.schedule)
-    blocks = deciding_blocks(anatomy, choice.blocks) if choice.tokens else ()
-    return Family("row", plan, blocks, choice.combine, choice.heads, atlas, tables, shape)
+class Bench:
+    """One model with its images, and what is fitted once for all rows."""
+
+    def __init__(self, place: Place, key: str) -> None:
+        self.model = place.model(key)
+        self.val, self.calib = place.images("val", self.model), place.images("calib", self.model)
+        self.probe = list(batches(self.val, BATCH, indices=range(0, len(self.val), max(1, len(self.val) // PROBE))))
+        self.dense = dense_logits(self.model.host.module, batches(self.val, BATCH))
+        self.fit = split(self.calib, (FIT_SHARE, 1 - FIT_SHARE), 0)[0][:MOST_FIT_IMAGES]
+        self.shaping = list(batches(self.calib, BATCH, indices=self.fit[:CALIBRATE]))
+        self.atlas = survey(self.model.host, batches(self.calib, 16, indices=self.fit[:SURVEY]), Criterion("kl"), seeded())
+        self._tables: dict[Combine, Tables] = {}
+
+    def tables(self, combine: Combine) -> Tables:
+        """Fitted when first asked for."""
+        if combine not in self._tables:
+            images = batches(self.calib, 16, indices=self.fit)
+            self._tables[combine] = fit_tables(self.model.host, images, Criterion("kl"), combine, RANK, seeded(), gates=True)
+        return self._tables[combine]
+
+    def family(self, choice: Choice, tables: Tables) -> Family:
+        """The plans of a choice."""
+        anatomy = self.model.ref.anatomy
+        plan = replace(
+            empty_plan(self.model.ref.name, anatomy),
+            model=self.model.ref,
+            schedule=choice.schedule,
+            pricing=Pricing("kl", 4.0, 3, RANK, GAMMA, choice.rounds),
+            skip_unread=not anatomy.reads_patches and choice.targets == TARGETS,
+        )
+        shape = calibration(self.model.host.module, tables.tensors, lambda: self.shaping, choice.counts, choice.schedule)
+        blocks = deciding_blocks(anatomy, choice.blocks) if choice.tokens else ()
+        return Family("row", plan, blocks, choice.combine, choice.heads, self.atlas, tables, shape)
+
+    def place(self, family: Family, target: float, seen: dict[float, float]) -> float | None:
+        """The dial that meets the target, None where none does."""
+        kept = kept_on(self.model, family.at, self.probe, family.tables.tensors)
+        if (end := math.log(DEAREST)) not in seen:
+            seen[end] = kept(DEAREST)
+        return None if seen[end] > target else place_dial(kept, target, False, seen)
+
+    def refined(self, family: Family, dial: float) -> Family:
+        """The family with merging refined around the dial, on fitting images as `hesper prune` takes them."""
+        indices, draw = self.fit[TUNE_IMAGES:], seeded()
+        order = [indices[at] for _ in range(EPOCHS) for at in torch.randperm(len(indices), generator=draw).tolist()]
+        steps = -(-len(order) // BATCH)
+        tables = refine(self.model.host.module, family.at(dial), family.tables, batches(self.calib, BATCH, indices=order), steps)
+        return replace(family, tables=tables)
+
+    def measure(self, choice: Choice, target: float, seen: dict[float, float]) -> dict | None:
+        """A row at a target; None where it cannot be reached. ``seen`` has what dials of the row are known to keep."""
+        family = self.family(choice, self.tables(choice.combine))
+        dial = self.place(family, target, seen)
+        if dial is not None and choice.refined:
+            family = self.refined(family, dial)
+            dial = self.place(family, target, {})
+        if dial is None:
+            return None
+        cut = graft(self.model.host.module, family.at(dial), family.tables.tensors)
+        return {"dial": dial, "target": target, **evaluate(cut, self.dense, batches(self.val, BATCH)).summary()}
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def main() -> None:
@@ -94,38 +149,20 @@ def main() -> None:
         raise SystemExit(f"There is no row {unknown[0]!r}; choose of {', '.join(ROWS)}.")
     book, place = Book(Path(options.book)), Place(options.data)
     for key in options.models:
-        if all(f"{key} | {row} | {target}" in book for row in rows for target in ROWS[row].targets):
-            continue
-        model = place.model(key)
-        val, calib = place.images("val", model), place.images("calib", model)
-        probe = list(batches(val, BATCH, indices=range(0, len(val), max(1, len(val) // PROBE))))
-        dense = dense_logits(model.host.module, batches(val, BATCH))
-        spread = split(calib, (FIT_SHARE, 1 - FIT_SHARE), 0)[0][:MOST_FIT_IMAGES]
-        shaping = list(batches(calib, BATCH, indices=spread[:CALIBRATE]))
-        tables: dict[Combine, Tables] = {}
-        atlas = survey(model.host, batches(calib, 16, indices=spread[:SURVEY]), Criterion("kl"), torch.Generator().manual_seed(0))
+        bench = None
         for row in rows:
-            choice, seen = ROWS[row], dict[float, float]()
-            for target in choice.targets:
+            seen: dict[float, float] = {}
+            for target in ROWS[row].targets:
                 name = f"{key} | {row} | {target}"
                 if name in book:
                     continue
-                if choice.combine not in tables:
-                    fit = batches(calib, 16, indices=spread)
-                    generator = torch.Generator().manual_seed(0)
-                    tables[choice.combine] = fit_tables(model.host, fit, Criterion("kl"), choice.combine, RANK, generator, gates=True)
-                own = tables[choice.combine]
-                plan_at = family(model, choice, own, atlas, shaping).at
-                kept = kept_on(model, plan_at, probe, own.tensors)
-                if (end := math.log(DEAREST)) not in seen:
-                    seen[end] = kept(DEAREST)
-                if seen[end] > target:
+                bench = bench or Bench(place, key)
+                found = bench.measure(ROWS[row], target, seen)
+                if found is None:
                     say(f"{name:34} cannot be reached")
-                    continue
-                dial = place_dial(kept, target, False, seen)
-                cut = graft(model.host.module, plan_at(dial), own.tensors)
-                book.add(name, {"dial": dial, "target": target, **evaluate(cut, dense, batches(val, BATCH)).summary()})
-                say(line(name, book.rows[name]))
+                else:
+                    book.add(name, found)
+                    say(line(name, found))
     say("")
     for name, found in book.rows.items():
         say(line(name, found))

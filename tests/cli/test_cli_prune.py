@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors import safe_open
 
 import hesper as package
 from cli_helpers import NAME, QUICK, hesper, sentence, write_images
+from hesper.cli import main
 from hesper.plan import Budget
 from hesper.plan.show import render
 from hesper.runs import open_run
@@ -72,6 +74,26 @@ def test_runs_without_some_heads_load_and_evaluate(heads: str, figure: str, tmp_
     again = hesper("eval", out, "--data", images, "--json")
     assert again.exit_code == 0, again.stderr
     assert json.loads(again.stdout)["macs_ratio"] < 1
+
+
+@pytest.mark.parametrize("words", [("--combine", "drop"), ("--counts", "fixed"), ("--schedule", "symmetric")])
+def test_runs_of_every_kind_of_cut_load_and_evaluate(words: tuple[str, ...], tmp_path: Path, weights: Path, images: Path) -> None:
+    out = tmp_path / "run"
+    result = hesper("prune", NAME, "--weights", weights, "--calib", images, "--macs", 0.85, "--out", out, *words, *QUICK)
+    assert result.exit_code == 0, result.stderr
+    again = hesper("eval", out, "--data", images, "--json")
+    assert again.exit_code == 0, again.stderr
+    found, measured = json.loads(again.stdout), open_run(out).plan.measured
+    assert measured is not None and abs(found["macs_ratio"] - measured.macs.mean) < 0.05
+
+
+def test_the_command_line_and_python_ask_for_the_same_by_default() -> None:
+    own = {field.name: field.default for field in dataclasses.fields(package.Settings) if field.default is not dataclasses.MISSING}
+    asked = {option.name: option.default for option in main.commands["prune"].params}  # type: ignore[attr-defined]
+    shown = {name: asked[name] for name in own if name in asked and name != "criterion"}
+    assert shown == {name: own[name] for name in shown} and {"rank", "gamma", "rounds", "refine", "heads", "blocks", "seed"} <= shown.keys()
+    criterion = {field.name: field.default for field in dataclasses.fields(package.Criterion)}
+    assert (asked["criterion"], asked["temperature"], asked["draws"]) == tuple(criterion[name] for name in ("name", "temperature", "draws"))
 
 
 def test_a_failed_evaluation_leaves_the_finished_run(tmp_path: Path, weights: Path, images: Path) -> None:

@@ -56,6 +56,13 @@ def test_opposite_tokens_merge_to_nothing_rather_than_to_infinity(length: float)
     assert restored_mean(x, one, decision, Restoration(2))[0].tolist() == [[0.0, 0.0]]
 
 
+def test_long_tokens_merge_in_half_precision() -> None:
+    rows = torch.full((200, 4), 400.0, dtype=torch.float16)
+    decision = Decision(200, np.arange(1, 200), np.zeros(199, dtype=int), (1,))
+    out, size = restored_mean(rows, torch.ones(200, dtype=torch.float16), decision, Restoration(4).half())
+    assert size.tolist() == [200.0] and torch.allclose(out.float(), rows[:1].float(), rtol=2e-2)
+
+
 def test_nearly_opposite_tokens_are_stretched_by_a_factor_of_four_at_most() -> None:
     x, one = torch.tensor([[1.0, 0.001], [-1.0, 0.001]]), torch.ones(2)
     out, _ = restored_mean(x, one, Decision(2, np.array([1]), np.array([0]), (1,)), Restoration(2))

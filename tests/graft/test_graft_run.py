@@ -183,6 +183,16 @@ def test_what_was_learned_of_merging_is_carried_out(kind: str) -> None:
         torch.testing.assert_close(cut(images[image : image + 1])[0], outcome.logits[image], rtol=1e-9, atol=1e-9)
     plain = graft(model, plan, tables(model))
     assert not torch.allclose(plain(images), outcome.logits, atol=1e-3)
+    plain.load_state_dict(cut.state_dict())
+    assert torch.equal(plain(images), outcome.logits)
+
+
+@torch.no_grad()
+def test_a_model_decides_and_merges_under_autocast() -> None:
+    cut, images = grafted("plain", torch.float32, "kl", cuts_of("merge", [0, 1, 2], remove=3)), pictures(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = cut(images)
+    assert torch.isfinite(logits).all() and torch.corrcoef(torch.stack([logits.float().flatten(), cut(images).flatten()]))[0, 1] > 0.95
 
 
 @torch.no_grad()

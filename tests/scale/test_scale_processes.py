@@ -18,11 +18,21 @@ import pytest
 
 from cli_helpers import NAME, hesper, sentence, write_images
 from hesper.runs import MODEL, RunFolder, open_run
+from refining import FEW
 
-HESPER = (sys.executable, "-m", "hesper.cli")
-# Small batches, so that there are many moments to be killed at.
-SETTINGS = ("--macs", "0.8", "--blocks", "alternate-early", "--draws", "2", "--batch-size", "3", "--rank", "4")
+REFINING = str(Path(__file__).parents[1] / "refining.py")
+HESPER = (sys.executable, REFINING)
+# Small batches, so that there are many moments to be killed at; even ones, so that two processes step as one does.
+SETTINGS = ("--macs", "0.6", "--blocks", "alternate-early", "--draws", "2", "--batch-size", "4", "--rank", "4", "--refine", "2")
 LONG = 120.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_jobs_refine() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hesper.heart.prune.TUNE_IMAGES", FEW)
+        patch.setattr("hesper.heart.prune.LEAST_REFINE_IMAGES", FEW)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +57,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory, words: Callable[[Path], 
     out = tmp_path_factory.mktemp("reference") / "run"
     result = hesper(*words(out))
     assert result.exit_code == 0, result.stderr
-    return open_run(out)
+    run = open_run(out)
+    assert run.plan.pricing is not None and run.plan.pricing.refine == 2
+    return run
 
 
 @pytest.fixture
@@ -94,8 +106,8 @@ def columns(run: RunFolder, entry: int) -> dict[str, Any]:
     return dict(run.entries[entry].results["per_image"])
 
 
-def same(run: RunFolder, reference: RunFolder, tolerance: float = 0.0) -> None:
-    """Two runs cut the same and found the same on every image, ``tolerance`` apart."""
+def same(run: RunFolder, reference: RunFolder, tolerance: float = 0.0, nats: float = 0.0) -> None:
+    """Two runs cut the same and found the same on every image, ``tolerance`` apart, or ``nats`` of drift."""
     plan, expected = run.plan, reference.plan
     cuts = [(cut.block, cut.combine, cut.remove) for cut in expected.tokens]
     assert [(cut.block, cut.combine, cut.remove) for cut in plan.tokens] == cuts and plan.heads == expected.heads and cuts
@@ -106,7 +118,7 @@ def same(run: RunFolder, reference: RunFolder, tolerance: float = 0.0) -> None:
         found, known = columns(run, entry), columns(reference, entry)
         assert found.keys() == known.keys() and found["files"] == known["files"]
         for name in ("drift_kl", "macs", "agreement"):
-            assert found[name] == pytest.approx(known[name], rel=tolerance, abs=tolerance * 1e-4), name
+            assert found[name] == pytest.approx(known[name], rel=tolerance, abs=nats if name == "drift_kl" else 0), name
         assert run.entries[entry].results["skipped"] == reference.entries[entry].results["skipped"]
     for key in ("images", "tokens", "heads", "heads_stderr"):
         ours, theirs = (np.array(each.entries[0].results["atlas"][key]) for each in (run, reference))
@@ -118,7 +130,7 @@ def test_a_killed_job_goes_on_to_the_same_result(
     tmp_path: Path, words: Callable[[Path], list[str]], reference: RunFolder, processes: list[subprocess.Popen[str]]
 ) -> None:
     out, work = tmp_path / "run", tmp_path / ".run.work"
-    for pattern in ("fit.*.safetensors", "tune-*.safetensors"):
+    for pattern in ("fit.*.safetensors", "tune-*.safetensors", "refined-*.safetensors"):
         process = start(processes, [*HESPER, *words(out)])
         wait_for(work, pattern, process)
         process.send_signal(signal.SIGKILL)
@@ -163,18 +175,19 @@ def test_two_processes_survive_a_death_and_find_what_one_finds(
     assert [path.name for path in tmp_path.iterdir()] == [".run.work"]
 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = start(processes, [*torchrun, "-m", "hesper.cli", *words(out), "--json"])
+    process = start(processes, [*torchrun, REFINING, *words(out), "--json"])
     stdout, stderr = process.communicate(timeout=LONG)
     assert process.returncode == 0, stderr
     assert stderr.count("Goes on with the work") == 1 and stderr.count("Skipped 2 files") == 1
     assert json.loads(stdout)["run"] == str(out)
-    same(open_run(out), reference, tolerance=1e-5)
+    # Slopes are summed in another order, and Adam's steps do not shrink with what it sees: what is learned differs in its last digits.
+    same(open_run(out), reference, tolerance=1e-5, nats=1e-6)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_two_processes_evaluate_as_one(calib: Path, reference: RunFolder, processes: list[subprocess.Popen[str]]) -> None:
     command = [*HESPER, "eval", str(reference.path), "--data", str(calib), "--batch-size", "4", "--json"]
-    alone = json.loads(hesper(*command[3:]).stdout)
+    alone = json.loads(hesper(*command[len(HESPER) :]).stdout)
     first, second = start_two(processes, command)
     stdout, stderr = first.communicate(timeout=LONG)
     assert (first.returncode, second.wait(LONG)) == (0, 0), stderr

@@ -107,7 +107,7 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
     default=5,
     show_default=True,
     metavar="EPOCHS",
-    help="How long to learn what merging gives back.",
+    help="Passes over fitting images that learn what merged tokens get back (0: none; under 384 calibration images none either).",
 )
 @with_batch_size
 @with_device

@@ -6,6 +6,7 @@ graph for any number of them serves all blocks of a shape.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -15,14 +16,17 @@ REASON = (
     "Which tokens stay is decided image by image, so a grafted model does not compile as one graph; use torch.compile without fullgraph."
 )
 
+# Older releases of torch refuse without saying why.
+_WHY: dict[str, Any] = {"reason": REASON} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
+
 Run = TypeVar("Run", bound=Callable[..., Any])
 
 
 def seam(function: Run) -> Run:
     """A function that is never compiled itself, while what it calls may be."""
-    return cast(Run, torch.compiler.disable(function, recursive=False, reason=REASON))  # type: ignore[no-untyped-call]
+    return cast(Run, torch.compiler.disable(function, recursive=False, **_WHY))  # type: ignore[no-untyped-call]
 
 
 def eager(function: Run) -> Run:
     """A function that is never compiled, nor anything it calls."""
-    return cast(Run, torch.compiler.disable(function, reason=REASON))  # type: ignore[no-untyped-call]
+    return cast(Run, torch.compiler.disable(function, **_WHY))  # type: ignore[no-untyped-call]

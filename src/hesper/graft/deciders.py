@@ -90,7 +90,11 @@ class Router(nn.Module):
 
     def forward(self, state: State) -> Tensor:
         """The prediction for every row."""
-        return torch.addmv(torch.addmv(self.offset, state.normed, self.direction), state.attention, self.attention)
+        normed, attention = (
+            state.normed.to(self.direction.dtype),
+            state.attention.to(self.direction.dtype),
+        )  # which autocast may have changed
+        return torch.addmv(torch.addmv(self.offset, normed, self.direction), attention, self.attention)
 
     @property
     def macs_per_token(self) -> int:

@@ -92,7 +92,8 @@ class GraftedViT(nn.Module):
         anatomy = plan.model.anatomy
         self.register_buffer("size_exponent", torch.ones(anatomy.depth, anatomy.heads) if size_exponent is None else size_exponent.clone())
         removed = {cut.block: cut.remove for cut in plan.heads}
-        self._plain_sizes = bool((self.size_exponent == 1).all())
+        self._look_at_exponents()
+        self.register_load_state_dict_post_hook(_look_again)  # type: ignore[no-untyped-call]
         self._heads = [[head for head in range(anatomy.heads) if head not in removed.get(block, ())] for block in range(anatomy.depth)]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -235,6 +236,10 @@ class GraftedViT(nn.Module):
         book.entered[index] = decision.entered
         stream.carry_out(decision, decider.restoration)
 
+    def _look_at_exponents(self) -> None:
+        # Once, not in every forward: on an accelerator, asking is waiting.
+        self._plain_sizes = bool((self.size_exponent == 1).all())
+
     @eager
     def _size_power(self, index: int) -> Tensor | None:
         """To which power sizes count in the attention of the heads a block has, ``[heads]``; None where it is one for all."""
@@ -320,6 +325,10 @@ class GraftedViT(nn.Module):
                 f"The model takes one or more images of {size[0]} x {size[1]} pixels, not a tensor of shape {tuple(images.shape)}; "
                 "resize them."
             )
+
+
+def _look_again(model: nn.Module, _: object) -> None:
+    cast(GraftedViT, model)._look_at_exponents()
 
 
 class _Book:

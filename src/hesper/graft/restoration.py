@@ -62,7 +62,8 @@ def restored_mean(values: Tensor, size: Tensor, decision: Decision, restoration:
     if restoration is None:
         return mean, total
     groups = decision.groups
-    lengths = torch.linalg.vector_norm(values.index_select(0, groups.member), dim=1) * size.index_select(0, groups.member)
     own = total.index_select(0, groups.hit)
-    length = torch.zeros_like(own).index_add_(0, groups.group, lengths).div_(own)
+    share = size.index_select(0, groups.member) / own.index_select(0, groups.group)  # before summing: half precision ends at 65504
+    lengths = torch.linalg.vector_norm(values.index_select(0, groups.member), dim=1) * share
+    length = torch.zeros_like(own).index_add_(0, groups.group, lengths)
     return mean.index_copy_(0, groups.hit, restoration(mean.index_select(0, groups.hit), length[:, None])), total

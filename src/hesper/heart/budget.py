@@ -45,16 +45,12 @@ class Chosen:
 
 @dataclass(frozen=True, eq=False)
 class _Placed:
-    """The best of several families, the dial that met the budget on the fitting images, dials to prove it at, and what was measured.
-
-    ``score`` is what families are compared by on those images, less is better.
-    """
+    """The best of several families, the dial that met the budget on the fitting images, dials to prove it at, and what was measured."""
 
     family: Family
     dial: float
     dials: list[float]
     points: list[OperatingPoint]
-    score: float
 
 
 def check_sample(budget: Budget, verify_images: int) -> None:
@@ -94,19 +90,26 @@ def choose(
     """
     placed = _place_macs(families, budget, tune, compare) if budget.kind == "macs" else _place_risk(families, budget, tune)
     if refine is not None:
-        placed = _refined(placed, budget, tune, refine)
+        placed = _refined(placed, budget, tune, compare, refine)
     trial = verify(placed.family)
     return _with_neighbours(_prove(placed.family, placed.dials, placed.points, budget, trial), trial)
 
 
-def _refined(placed: _Placed, budget: Budget, tune: Callable[[Family], Trial], refine: Refine) -> _Placed:
-    """The refined family where it does better on images it did not learn from, else the family as it was."""
-    family = refine(placed.family, placed.dial)
-    if family is placed.family:
-        return placed
-    place = _place_macs if budget.kind == "macs" else _place_risk
-    before, after = (place([each], budget, tune) for each in (placed.family, family))
-    return after if after.score < before.score else placed
+def _refined(
+    placed: _Placed, budget: Budget, tune: Callable[[Family], Trial], compare: Callable[[Family], Trial] | None, refine: Refine
+) -> _Placed:
+    """The refined family where at as many MACs it drifts less on images it did not learn from, else the family as it was."""
+    try:
+        family = refine(placed.family, placed.dial)
+        if family is placed.family:
+            return placed
+        before, after = (tune(each)(each.at(placed.dial)) for each in (placed.family, family))
+        dearer = (after.kept_macs.mean - before.kept_macs.mean) / DECISION_MACS
+        if float(after.drift_kl.mean()) * DECISION_DRIFT**dearer >= float(before.drift_kl.mean()):
+            return placed
+        return _place_macs([family], budget, tune, compare) if budget.kind == "macs" else _place_risk([family], budget, tune)
+    except JobError:
+        return placed  # which keeps the budget on the fitting images, whatever learning came to
 
 
 def _prove(family: Family, dials: Sequence[float], points: list[OperatingPoint], budget: Budget, trial: Trial) -> Chosen:
@@ -191,7 +194,7 @@ def _place_macs(
     error = kept.stderr * math.sqrt(1 + best.evaluation.n / best.family.blank.provenance.verify_images)
     slope, short = _slope(best.tried, kept.mean), kept.mean - budget.value
     steps = [min((sigmas * error + short) / slope, 2.0) for sigmas in SIGMAS] if error >= ALIKE else [0.0]
-    return _Placed(best.family, best.dial, [best.dial * math.exp(step) for step in steps], list(best.tried), best.weighted_drift)
+    return _Placed(best.family, best.dial, [best.dial * math.exp(step) for step in steps], list(best.tried))
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,8 +282,8 @@ def _place_risk(families: Sequence[Family], budget: Budget, tune: Callable[[Fami
         if best is None or spent < best[0]:
             best = (spent, dial, family, tried)
     assert best is not None
-    spent, dial, family, tried = best
-    return _Placed(family, dial, [dial * 2**step for step in LADDER], tried, spent)
+    _, dial, family, tried = best
+    return _Placed(family, dial, [dial * 2**step for step in LADDER], tried)
 
 
 def _refines_nothing(family: Family, best: Family, dial: float) -> bool:

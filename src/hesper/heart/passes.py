@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, overload
 
 import numpy as np
@@ -16,7 +15,7 @@ from hesper.curvature import Batch
 from hesper.data import ImageSet, LoadedBatch, Skipped, batches, require_readable
 from hesper.graft import GraftedViT
 from hesper.heart.fit import Tables
-from hesper.heart.refine import refine
+from hesper.heart.refine import Refinement
 from hesper.measure.evaluate import Evaluation, Share, join, measure
 from hesper.parallel import Team
 from hesper.plan import Plan
@@ -107,17 +106,26 @@ class Passes:
             share = Share(columns, kept.arrays["tokens"], places, files, kept.notes["macs_dense"], kept.notes["seconds"])
         return join(self.team.every(share))
 
-    def refined(
-        self, module: nn.Module, plan: Plan, tables: Tables, indices: Sequence[int], epochs: int, generator: torch.Generator
-    ) -> Tables:
-        """The tables with merging refined for ``plan`` in so many passes over shuffled images, by every process alike."""
-        if (kept := self.work.load("refined")) is not None:
-            return replace(tables, tensors={key: torch.from_numpy(array) for key, array in kept.arrays.items()})
-        shuffled = [indices[place] for _ in range(epochs) for place in torch.randperm(len(indices), generator=generator).tolist()]
-        seen = self.batches("Refine merging", shuffled, REFINE_BATCH, shared=False)
-        found = refine(module, plan, tables, seen, -(-len(shuffled) // min(REFINE_BATCH, self.batch_size)), generator)
-        self._keep("refined", {key: tensor.numpy() for key, tensor in found.tensors.items()})
-        return found
+    def refined(self, module: nn.Module, plan: Plan, tables: Tables, indices: Sequence[int], epochs: int, seed: int) -> Tables:
+        """What is learned of merging in so many passes over shuffled images, each process giving its part of every step's."""
+        part = max(min(REFINE_BATCH, self.batch_size) // self.team.size, 1)
+        generator = torch.Generator().manual_seed(seed)
+        order = [indices[place] for _ in range(epochs) for place in torch.randperm(len(indices), generator=generator).tolist()]
+        together = part * self.team.size
+        steps = len(order) // together  # whole ones, so that nobody waits for the others in a step that they do not make
+        refinement = Refinement(module, plan, tables, steps, seed, self.team)
+        name, pace = f"refined-{_digest(repr((plan.tokens, plan.gates, order)), tables.tensors)}", Pace()
+        starts = self.team.every(0 if (kept := self.work.load(name)) is None else int(kept.notes["next"]))
+        start = starts[0] if len(set(starts)) == 1 else 0
+        if kept is not None and start:
+            refinement.go_on({key: torch.from_numpy(array) for key, array in kept.arrays.items()})
+        for batch in self.batches("Refine merging", order[: steps * together], part, start=start * together):
+            refinement.add(batch)
+            if pace.due():
+                with pace.keeping():
+                    self._keep(name, {key: tensor.numpy() for key, tensor in refinement.tensors().items()}, next=int(refinement.done))
+        self._keep(name, {key: tensor.numpy() for key, tensor in refinement.tensors().items()}, next=int(refinement.done))
+        return self.team.first(refinement.tables())
 
     def column(self, stage: str, indices: Sequence[int], size: int, value: Callable[[Batch], Tensor]) -> NDArray[np.float64]:
         """One number for each image, in order: ``value`` gives them for a batch, ``[images]``."""
@@ -188,8 +196,13 @@ class StoredLogits(Sequence[Tensor]):
 
 def _identity(cut: GraftedViT) -> str:
     """What tells one cut model of the same network from another: what it cuts, and the tables by which it decides and merges."""
-    plan, state = cut.plan, cut.deciders.state_dict(prefix="deciders.") | {"size_exponent": cut.size_exponent}
-    digest = hashlib.sha256(repr((plan.tokens, plan.heads, plan.gates, plan.skip_unread)).encode())
-    for key, tensor in sorted(state.items()):
+    plan = cut.plan
+    tables = {**cut.deciders.state_dict(prefix="deciders."), **cut.gates.state_dict(prefix="gates."), "size_exponent": cut.size_exponent}
+    return _digest(repr((plan.tokens, plan.heads, plan.gates, plan.skip_unread)), tables)
+
+
+def _digest(words: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(words.encode())
+    for key, tensor in sorted(tensors.items()):
         digest.update(key.encode() + tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -54,7 +54,7 @@ class Settings:
     rank: int = 24
     gamma: float = 0.35
     rounds: int = 2
-    refine: int = 8
+    refine: int = 5
     blocks: Stages | Literal["auto"] = "auto"
     batch_size: int = 32
     seed: int = 0
@@ -217,9 +217,7 @@ class _Job:
         indices, epochs = self.passes.readable(self.fit[len(self.tune) :]), self.settings.refine
         if not epochs or len(indices) < LEAST_REFINE_IMAGES or family.combine != "merge" or not family.blocks:
             return family
-        generator = torch.Generator().manual_seed(self.settings.seed)  # its own: a job that goes on has drawn less from the other
-        tables = self.passes.refined(self.model.host.module, family.at(dial), family.tables, indices, epochs, generator)
-        tables = self.team.first(tables)
+        tables = self.passes.refined(self.model.host.module, family.at(dial), family.tables, indices, epochs, self.settings.seed)
         pricing = None if family.blank.pricing is None else replace(family.blank.pricing, refine=epochs)
         blank = replace(family.blank, pricing=pricing)
         return replace(family, name=f"{family.name}, refined", blank=blank, tables=tables, calibrated=self._shape(tables))
