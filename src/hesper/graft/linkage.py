@@ -67,7 +67,7 @@ def paired(go: Tensor, to: Tensor | None, layout: Layout, first: int = 0, step: 
 
     ``to`` ``[images, candidates]`` is the patch each would merge into, None for drops.
     """
-    # The only place where an accelerator is waited for: what follows from the mask is worked out on the host.
+    # An accelerator is waited for here and nowhere else in a round: what follows from the mask is worked out on the host.
     image, candidate = go.cpu().numpy().nonzero()
     start = (np.asarray(layout.bounds) + layout.prefix)[image]
     gone = start + candidate * step + first

@@ -40,7 +40,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Logits ``[images, classes]``, MACs ``[images]`` of what really ran, the traffic, and where each patch went.
+    """Logits ``[images, classes]``, MACs ``[images]`` that each image needed, the traffic, and where each patch went.
 
     ``sources`` (when asked for) has a ``[images, patches]`` map per block: the place, among the patches its image has left after the
     block, of the one that stands for each original patch, -1 where it was dropped. ``used`` (likewise) ``[images, depth, heads]`` says
