@@ -4,7 +4,8 @@
 
 Dense and pruned models take turns on the same batches; the speed-up is the median over rounds of the ratio of their times, with its
 bootstrap 95 % interval; the MAC ratio counts what ran on exactly these images, deciding included. Also the cost of an empty plan over
-the bare host. Let nothing else run meanwhile. Takes about twelve minutes for six runs on two cores.
+the bare host, and the ceiling: the dense model on so few tokens from the first block on that it needs as many MACs as
+the run, with nothing to decide. Let nothing else run meanwhile. Takes about twelve minutes for six runs on two cores.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from common import MODELS, Place, say
 from torch import nn
 
 import hesper
+from hesper.cost import block_macs, dense_macs, fixed_macs
 from hesper.data import batches
 from hesper.graft import GraftedViT, graft
+from hesper.hosts.open import OpenModel
 from hesper.measure.timing import Comparison, compare
 from hesper.plan import empty_plan
 from hesper.runs import environment, open_run
@@ -44,6 +47,25 @@ def kept(cut: GraftedViT, inputs: list[torch.Tensor]) -> float:
     """Mean share of the dense MACs on these inputs."""
     with torch.inference_mode():
         return float(np.concatenate([cut.run(images).macs for images in inputs]).mean()) / cut.dense_macs
+
+
+def shortened(model: OpenModel, share: float) -> tuple[nn.Module, float]:
+    """The dense model on its first tokens alone, as many as ``share`` of its MACs allow, and the share that is."""
+    host, anatomy = model.host, model.ref.anatomy
+
+    def macs(tokens: int) -> float:
+        count = np.array([tokens])
+        blocks = anatomy.depth * int(block_macs(anatomy, anatomy.heads, count, count, count)[0])
+        return (blocks + fixed_macs(anatomy)) / dense_macs(anatomy)
+
+    tokens = max(count for count in range(anatomy.prefix_tokens, anatomy.tokens + 1) if macs(count) <= share)
+
+    class Shortened(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            stream = host.module.blocks(host.embed(images)[:, :tokens])
+            return host.readout(host.norm(stream)[:, : anatomy.prefix_tokens], None)
+
+    return Shortened(), macs(tokens)
 
 
 def line(name: str, share: float, found: Comparison) -> str:
@@ -79,7 +101,10 @@ def main() -> None:
             cut = hesper.load(run)
             for name, inputs in (("batch 32", large), ("batch 1", singles)):
                 found = compare(job(dense, inputs), job(cut, inputs), rounds=options.rounds, warmup=2)
-                say(line(f"{key}, {run.name}, {name}", kept(cut, inputs), found))
+                say(line(f"{key}, {run.name}, {name}", share := kept(cut, inputs), found))
+                fewer, own = shortened(model, share)
+                found = compare(job(dense, inputs), job(fewer, inputs), rounds=options.rounds, warmup=2)
+                say(line(f"{key}, {run.name}, {name}, ceiling", own, found))
 
 
 if __name__ == "__main__":

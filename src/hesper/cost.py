@@ -61,9 +61,10 @@ def dense_macs(anatomy: Anatomy) -> int:
 def model_macs(anatomy: Anatomy, heads: Sequence[int] | Counts, attended: Counts, queries: Counts, fed: Counts, deciding: Counts) -> Counts:
     """MACs per image of a cut model, the cost of deciding included.
 
-    Every matrix product, weighted sum and convolution an image itself needs; not what a ragged batch pads its pairs of tokens to
-    nor what an accelerator's kernels add (masked places of a bucket, the coordinates that carry a size), and, as for the dense model, neither element-wise work (norms, activations, softmax, and the factors
-    of a merge's price) nor sums of one vector (squared lengths, the mean of a pooling classifier).
+    Every matrix product, weighted sum and convolution an image itself needs; not what a ragged batch pads its pairs of tokens to,
+    nor what an accelerator's kernels add (masked places of a bucket, the coordinates that carry a size), and, as for the dense model,
+    neither element-wise work (norms, activations, softmax, and the factors of a merge's price) nor sums of one vector (squared
+    lengths, the mean of a pooling classifier).
 
     Args:
         anatomy: the dense model's.

@@ -23,8 +23,8 @@ def plan_price(host: Host, cut: GraftedViT, batch: Batch, loss: Loss) -> Tensor:
         Delta L = grad L . v + v . H v / 2
 
     where the step v closes the gates of dropped tokens, of removed heads and of heads that sit out, and displaces merged tokens to
-    what stands for their group (all as the plan decides on these images). One Hessian-vector product prices all cuts at once. Powers of sizes
-    in attention are left out, and so is what a later block's restoration makes of members that had merged before.
+    what stands for their group (all as the plan decides on these images). One Hessian-vector product prices all cuts at once.
+    Powers of sizes in attention are left out, and so is what a later block's restoration makes of members that had merged before.
 
     Args:
         host: the dense model.
