@@ -35,7 +35,9 @@ def main() -> None:
         fit, rest = split(images, (FIT_SHARE, 1 - FIT_SHARE), plan.provenance.seed)
         fitted = {images.digests[index] for index in fit[:MOST_FIT_IMAGES]}
         verify = [index for index in rest if images.digests[index] not in fitted]
-        tome = graft(model.host.module, family(model, "tome")(book.rows[f"{key} | tome | {plan.budget.value:g}"]["dial"]), {})
+        rows = [row for name, row in book.rows.items() if name.startswith(f"{key} | tome |")]
+        near = min(rows, key=lambda row: abs(row["target"] - plan.budget.value))
+        tome = graft(model.host.module, family(model, "tome")(near["dial"]), {})
         dense = dense_logits(model.host.module, batches(images, BATCH, indices=verify))
         theirs = evaluate(tome, dense, batches(images, BATCH, indices=verify)).summary()
         ours = plan.measured
