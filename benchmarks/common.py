@@ -70,5 +70,14 @@ def arguments(what: str, **options: Any) -> argparse.Namespace:
     return found
 
 
+def arguments_for_runs(what: str) -> argparse.Namespace:
+    """Parse ``--data``, ``--runs`` and ``--book``."""
+    parser = argparse.ArgumentParser(description=what)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, nargs="+", required=True)
+    parser.add_argument("--book", type=Path, required=True)
+    return parser.parse_args()
+
+
 def say(text: str) -> None:
     print(text, file=sys.stdout, flush=True)

@@ -10,7 +10,6 @@ as many MACs (benchmarks/results/criteria.jsonl).
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import warnings
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import MODELS, Book, Place, say
+from common import MODELS, Book, Place, arguments_for_runs, say
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
@@ -130,11 +129,7 @@ def baseline(key: str, share: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, nargs="+", required=True)
-    parser.add_argument("--book", type=Path, required=True)
-    options = parser.parse_args()
+    options = arguments_for_runs(__doc__.splitlines()[0])
     book, place = Book(options.book), Place(options.data)
     for key, (name, _) in MODELS.items():
         runs = [run for run in options.runs if open_run(run).plan.model.name == name]

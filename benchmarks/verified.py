@@ -7,10 +7,7 @@ A run's own figures stand in its plan; ToMe takes the counts that the book of al
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
-from common import MODELS, Book, Place, say
+from common import MODELS, Book, Place, arguments_for_runs, say
 from criteria import BATCH, family
 
 from hesper.data import batches, split
@@ -21,11 +18,7 @@ from hesper.runs import open_run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, nargs="+", required=True)
-    parser.add_argument("--book", type=Path, required=True)
-    options = parser.parse_args()
+    options = arguments_for_runs(__doc__.splitlines()[0])
     place, book = Place(options.data), Book(options.book)
     for run in options.runs:
         plan = open_run(run).plan

@@ -312,6 +312,7 @@ def _load(run: RunFolder) -> GraftedViT:
 
 def _tables(state: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
     """A run's tables as grafting wants them, for the dense model's heads: those of removed heads, never used, are zero."""
+    # A decider that drops keeps its router within its score.
     tables = {name.removeprefix(DECIDERS).replace(".score.", "."): tensor for name, tensor in state.items() if name.startswith(DECIDERS)}
     tables |= {name: state[name] for name in (SIZE_EXPONENT,) if name in state}
     for name, tensor in state.items():

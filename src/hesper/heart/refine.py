@@ -60,19 +60,20 @@ class Refinement:
         with torch.no_grad():
             dense = self.module(images)
         drift = self._loss.per_image(self.cut(images), batch, dense).sum()
-        if not bool(torch.isfinite(drift)):
-            raise JobError("The drift is not finite while merging is refined; check the model's weights and the images.")
         self._optimiser.zero_grad()
         if drift.requires_grad:  # else nothing merged in these images
             drift.backward()  # type: ignore[no-untyped-call]
-        self._step(len(images))
+        self._step(float(drift.detach()), len(images))
 
-    def _step(self, images: int) -> None:
+    def _step(self, drift: float, images: int) -> None:
         """Go down the mean slope over all processes' images."""
         assert self._optimiser is not None
         slopes = [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor, _ in self.learned.values()]
-        sums = [slope.double().cpu() for slope in slopes] + [torch.tensor(float(images), dtype=torch.float64)]
+        sums = [slope.double().cpu() for slope in slopes] + [torch.tensor(value, dtype=torch.float64) for value in (drift, float(images))]
         self.team.sum(sums)
+        # Asked of the sum, so that every process has the same answer and none waits for another that has given up.
+        if not bool(torch.isfinite(sums[-2])):
+            raise JobError("The drift is not finite while merging is refined; check the model's weights and the images.")
         for group, (tensor, rate), slope in zip(self._optimiser.param_groups, self.learned.values(), sums, strict=False):
             tensor.grad = (slope / sums[-1]).to(tensor)
             group["lr"] = rate * max(1 - float(self.done) / self.steps, 0.0)
