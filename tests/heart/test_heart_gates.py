@@ -55,17 +55,17 @@ def test_prices_of_heads_are_the_same_alone_with_tokens_and_with_the_metric(kind
 @settings(max_examples=20, deadline=None)
 def test_the_fit_in_batches_is_the_best_ridge_by_its_own_score_on_everything(seed: int, heads: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    row, noise = torch.randn(30, 6, generator=generator), torch.randn(30, heads, generator=generator)
+    row, noise = (torch.randn(30, width, generator=generator, dtype=torch.float64) for width in (6, heads))
     price = (row[:, :1] - 2 * row[:, 1:2] * torch.rand(heads, generator=generator) + noise - 5).exp()
     fit = GateFit(6, heads)
     for start in range(0, 30, 7):
         fit.add(row[start : start + 7], price[start : start + 7])
     direction, offset, explained = fit.solve()
-    x, y = (row - row.mean(0)).double(), price.double().log() - price.double().log().mean(0)
+    x, y = row - row.mean(0), price.log() - price.log().mean(0)
     alone = y.square().sum(0) / 29**2
     scored = [(1.0, torch.ones(heads, dtype=torch.float64), torch.zeros(6, heads, dtype=torch.float64))]
     for penalty in PENALTIES:
-        unit = (x.T @ x).trace() / 6 + ROUNDING * row.double().square().sum() / 6
+        unit = (x.T @ x).trace() / 6 + ROUNDING * row.square().sum() / 6
         gram = x.T @ x + penalty * unit * torch.eye(6, dtype=torch.float64)
         weights = torch.linalg.solve(gram, x.T @ y)
         free = 29 - torch.linalg.solve(gram, x.T @ x).trace()
@@ -75,8 +75,8 @@ def test_the_fit_in_batches_is_the_best_ridge_by_its_own_score_on_everything(see
     torch.testing.assert_close(direction, weights, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(explained, 1 - shares, rtol=0, atol=1e-6)
     predicted = x @ weights
-    expected = predicted + price.double().mean(0).log() - predicted.square().mean(0) / 2
-    torch.testing.assert_close(row.double() @ direction + offset, expected, rtol=1e-6, atol=1e-6)
+    expected = predicted + price.mean(0).log() - predicted.square().mean(0) / 2
+    torch.testing.assert_close(row @ direction + offset, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_what_the_row_does_not_tell_is_priced_at_the_mean() -> None:
