@@ -5,8 +5,15 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from hypothesis import settings
 
 from cli_helpers import NAME, QUICK, hesper, write_images, write_weights
+
+# The same examples every time, so that what passed once passes again however slow the machine is; --hypothesis-profile explore looks
+# for new ones.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("explore", deadline=None, print_blob=True)
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")
