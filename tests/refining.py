@@ -1,4 +1,4 @@
-"""The command line as a program in which so few images place the dial that small jobs refine merging, too."""
+"""The command line as a program in which so few images place the dial that small jobs fit again and refine merging, too."""
 
 import hesper.heart.prune
 from hesper.cli import main
@@ -7,7 +7,7 @@ FEW = 6
 
 
 def let_small_jobs_refine() -> None:
-    hesper.heart.prune.TUNE_IMAGES = hesper.heart.prune.LEAST_REFINE_IMAGES = FEW
+    hesper.heart.prune.TUNE_IMAGES = hesper.heart.prune.LEAST_FIT_IMAGES = FEW
 
 
 if __name__ == "__main__":

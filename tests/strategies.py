@@ -97,10 +97,9 @@ def plans(draw: st.DrawFn) -> Plan:
     anatomy = draw(anatomies)
     blocks = st.lists(st.integers(0, anatomy.depth - 1), unique=True).map(sorted)
     heads = st.lists(st.integers(0, anatomy.heads - 1), unique=True, min_size=1, max_size=anatomy.heads - 1).map(sorted).map(tuple)
-    pricing = draw(
-        st.none()
-        | st.builds(Pricing, words, st.floats(1e-6, 100), st.integers(1, 64), st.integers(0, anatomy.width), amounts, st.integers(1, 8))
-    )
+    learned = st.booleans(), st.integers(0, 9)
+    rank, rounds = st.integers(0, anatomy.width), st.integers(1, 8)
+    pricing = draw(st.none() | st.builds(Pricing, words, st.floats(1e-6, 100), st.integers(1, 64), rank, amounts, rounds, *learned))
     tokens = tuple(draw(token_cuts(block, anatomy.depth, pricing is not None)) for block in draw(blocks))
     gates = tuple(HeadGate(block, draw(amounts)) for block in (draw(blocks) if pricing is not None else []))
     priced = bool(gates) or any(cut.threshold is not None for cut in tokens)

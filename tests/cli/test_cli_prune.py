@@ -206,9 +206,29 @@ def test_sets_of_blocks_are_compared_on_all_fitting_images(
     assert {total for stage, total in stages.items() if stage.startswith("Search the dial")} == {4}
 
 
+def test_prices_are_fitted_again_along_the_cut_and_kept_where_they_drift_less(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hesper.heart.prune.TUNE_IMAGES", 8)
+    monkeypatch.setattr("hesper.heart.prune.LEAST_FIT_IMAGES", 8)
+    images = write_images(tmp_path / "calib", 32)
+    words = ("--weights", weights, "--calib", images, "--macs", 0.75, "--refine", 0, *QUICK)
+    runs = {}
+    for switch in ("--refit", "--no-refit"):
+        result = hesper("prune", NAME, *words, switch, "--out", tmp_path / switch)
+        assert result.exit_code == 0, result.stderr
+        runs[switch] = open_run(tmp_path / switch).plan
+        assert ("along the cut model" in hesper("show", tmp_path / switch).stdout) == (switch == "--refit")
+    again, plain = runs["--refit"], runs["--no-refit"]
+    assert again.pricing is not None and plain.pricing is not None and (again.pricing.refit, plain.pricing.refit) == (True, False)
+    assert [cut.block for cut in again.tokens] == [cut.block for cut in plain.tokens]
+    first, second = (package.load(tmp_path / switch) for switch in ("--refit", "--no-refit"))
+    assert all(not torch.equal(first.deciders[block].root, second.deciders[block].root) for block in first.deciders)
+
+
 def test_merging_is_refined_on_images_that_do_not_place_the_dial(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hesper.heart.prune.TUNE_IMAGES", 8)
-    monkeypatch.setattr("hesper.heart.prune.LEAST_REFINE_IMAGES", 8)
+    monkeypatch.setattr("hesper.heart.prune.LEAST_FIT_IMAGES", 8)
     images = write_images(tmp_path / "calib", 16)
     words = ("--weights", weights, "--calib", images, "--macs", 0.5, *QUICK)
     for name, epochs in (("plain", 0), ("refined", 6)):

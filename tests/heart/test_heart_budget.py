@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hesper.cost import head_macs
 from hesper.errors import JobError, UsageError
-from hesper.heart.budget import check_sample, choose
+from hesper.heart.budget import Improvement, check_sample, choose
 from hesper.heart.family import STAGES, Family, affordable_heads, deciding_blocks
 from hesper.heart.fit import Atlas, Tables
 from hesper.measure.evaluate import Evaluation
@@ -104,12 +104,36 @@ def test_a_refined_family_is_taken_where_it_does_better_and_then_proven(budget, 
         proven.append(one.name)
         return world(400, 0, drift[one.name])
 
-    chosen = choose([family()], budget, lambda f: world(100, 1, drift[f.name]), verify, refine=refine)
+    chosen = choose(
+        [family()],
+        budget,
+        lambda f: world(100, 1, drift[f.name]),
+        verify,
+        improvements=(Improvement(refine, lambda f: world(100, 1, drift[f.name])),),
+    )
     assert [chosen.family.name] == proven == ["plain, refined" if wins else "plain"]
     assert len(asked) == 1 and 0.1 < asked[0] / chosen.dial < 10
     assert {point.n for point in chosen.points} == {100, 400}
     truth = drift[chosen.family.name]
     assert all(point.drift_kl == pytest.approx(truth * point.dial * 100 * math.exp(0.5), rel=0.6) for point in chosen.points)
+
+
+@pytest.mark.parametrize("budget", [Budget("macs", 0.6, 0.95), Budget("loss", 0.05, 0.95)])
+def test_improvements_build_on_one_another_and_one_that_fails_or_makes_nothing_changes_nothing(budget):
+    drift, given = {"plain": 1.0, "plain, a": 0.8, "plain, a, b": 0.5}, []
+
+    def make(name):
+        def made(one, dial):
+            given.append(one.name)
+            if name == "fails":
+                raise JobError("not finite")
+            return one if name == "same" else dataclasses.replace(one, name=f"{one.name}, {name}")
+
+        return Improvement(made, lambda f: world(100, 1, drift[f.name]))
+
+    steps = [make(name) for name in ("same", "a", "fails", "b")]
+    chosen = choose([family()], budget, lambda f: world(100, 1, drift[f.name]), lambda f: world(400, 0, drift[f.name]), improvements=steps)
+    assert chosen.family.name == "plain, a, b" and given == ["plain", "plain", "plain, a", "plain, a"]
 
 
 @pytest.mark.parametrize("budget", [Budget("macs", 0.6, 0.95), Budget("loss", 0.05, 0.95)])

@@ -31,7 +31,7 @@ LONG = 120.0
 def small_jobs_refine() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hesper.heart.prune.TUNE_IMAGES", FEW)
-        patch.setattr("hesper.heart.prune.LEAST_REFINE_IMAGES", FEW)
+        patch.setattr("hesper.heart.prune.LEAST_FIT_IMAGES", FEW)
         yield
 
 

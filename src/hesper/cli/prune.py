@@ -102,6 +102,12 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
 @click.option("--gamma", type=float, default=0.35, show_default=True, metavar="G", help="Power of the token curvature.")
 @click.option("--rounds", type=click.IntRange(1, 8), default=2, show_default=True, help="Rounds of matching in a decision to merge.")
 @click.option(
+    "--refit/--no-refit",
+    default=True,
+    show_default=True,
+    help="Fit prices again where the model is cut, and keep them where they lower the drift (not under 64 fitting images).",
+)
+@click.option(
     "--refine",
     type=click.IntRange(0, 100),
     default=5,
@@ -203,7 +209,8 @@ def _settings(options: dict[str, Any], kind: str) -> Settings:
     from hesper.heart.criteria import Criterion
     from hesper.heart.prune import Settings
 
-    plain = ("combine", "counts", "schedule", "tokens", "heads", "rank", "gamma", "rounds", "refine", "blocks", "batch_size", "seed")
+    tokens = ("combine", "counts", "schedule", "tokens", "rank", "gamma", "rounds", "refit", "refine", "blocks")
+    plain = (*tokens, "heads", "batch_size", "seed")
     criterion = Criterion(options["criterion"], options["temperature"], options["draws"])
     return Settings(_budget(options, kind), criterion, **{name: options[name] for name in plain})
 

@@ -13,7 +13,6 @@ from hesper.measure.evaluate import Evaluation, estimate
 from hesper.plan import Budget, HeadGate, Measured, OperatingPoint, Plan, TokenCut, at_dial
 
 Trial = Callable[[Plan], Evaluation]
-Refine = Callable[[Family, float], Family]
 
 FEWEST_IMAGES = 10
 SMALLEST_DIAL, FIRST_DIAL, LARGEST_DIAL = 1e-9, 1e-5, 1e3
@@ -29,6 +28,17 @@ IMPERCEPTIBLE = 0.0003  # nats of drift that no decision is worth
 LADDER = (-5.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)
 NEIGHBOURS = (1 / 8, 1 / 4, 1 / 2, 2.0)
 SIGMAS = (5.0, 4.0, 3.2, 2.6, 2.1, 1.7, 1.3, 0.9)
+
+
+@dataclass(frozen=True, eq=False)
+class Improvement:
+    """Makes another family of one, given its dial (the same family where it cannot), and measures which of the two is better.
+
+    ``judge`` measures on images that favour neither: either both have been fitted on them or none.
+    """
+
+    make: Callable[[Family, float], Family]
+    judge: Callable[[Family], Trial]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,40 +86,38 @@ def choose(
     tune: Callable[[Family], Trial],
     verify: Callable[[Family], Trial],
     compare: Callable[[Family], Trial] | None = None,
-    refine: Refine | None = None,
+    improvements: Sequence[Improvement] = (),
 ) -> Chosen:
     """The plan of least drift that keeps the budget on the verification images.
 
     ``tune`` measures on fitting images and places the dial; ``verify`` measures on images that fitted nothing and has the last word.
     ``compare`` measures on more fitting images which family drifts least at a budget of MACs; a few images of great drift decide that.
-    ``refine`` makes a better family of the best one, given the dial, without a look at the images of ``tune``, which then say whether
-    it is better.
+    ``improvements`` are tried on the best family one after the other, and each is taken where it is one.
 
     Raises:
         JobError: no member of any family keeps the budget; says what can be had.
     """
     placed = _place_macs(families, budget, tune, compare) if budget.kind == "macs" else _place_risk(families, budget, tune)
-    if refine is not None:
-        placed = _refined(placed, budget, tune, compare, refine)
+    for improvement in improvements:
+        placed = _improved(placed, budget, tune, compare, improvement)
     trial = verify(placed.family)
     return _with_neighbours(_prove(placed.family, placed.dials, placed.points, budget, trial), trial)
 
 
-def _refined(
-    placed: _Placed, budget: Budget, tune: Callable[[Family], Trial], compare: Callable[[Family], Trial] | None, refine: Refine
+def _improved(
+    placed: _Placed, budget: Budget, tune: Callable[[Family], Trial], compare: Callable[[Family], Trial] | None, improvement: Improvement
 ) -> _Placed:
-    """The refined family where at as many MACs it drifts less on images it did not learn from, else the family as it was."""
+    """The improved family where each at its own dial, and at as many MACs, it drifts less than the family as it was."""
     try:
-        family = refine(placed.family, placed.dial)
+        family = improvement.make(placed.family, placed.dial)
         if family is placed.family:
             return placed
-        before, after = (tune(each)(each.at(placed.dial)) for each in (placed.family, family))
-        dearer = (after.kept_macs.mean - before.kept_macs.mean) / DECISION_MACS
-        if float(after.drift_kl.mean()) * DECISION_DRIFT**dearer >= float(before.drift_kl.mean()):
-            return placed
-        return _place_macs([family], budget, tune, compare) if budget.kind == "macs" else _place_risk([family], budget, tune)
+        new = _place_macs([family], budget, tune, compare, placed.dial) if budget.kind == "macs" else _place_risk([family], budget, tune)
+        before, after = (improvement.judge(each.family)(each.family.at(each.dial)) for each in (placed, new))
     except JobError:
-        return placed  # which keeps the budget on the fitting images, whatever learning came to
+        return placed  # which keeps the budget on the fitting images, whatever the other came to
+    dearer = (after.kept_macs.mean - before.kept_macs.mean) / DECISION_MACS
+    return new if float(after.drift_kl.mean()) * DECISION_DRIFT**dearer < float(before.drift_kl.mean()) else placed
 
 
 def _prove(family: Family, dials: Sequence[float], points: list[OperatingPoint], budget: Budget, trial: Trial) -> Chosen:
@@ -167,9 +175,15 @@ def _with_neighbours(chosen: Chosen, trial: Trial) -> Chosen:
 
 
 def _place_macs(
-    families: Sequence[Family], budget: Budget, tune: Callable[[Family], Trial], compare: Callable[[Family], Trial] | None = None
+    families: Sequence[Family],
+    budget: Budget,
+    tune: Callable[[Family], Trial],
+    compare: Callable[[Family], Trial] | None = None,
+    dial: float | None = None,
 ) -> _Placed:
     """The family of least drift at the budget on fitting images, and dials that keep a little more and more of the MACs.
+
+    The search for the first family's dial starts at ``dial``.
 
     The dials aim between five and one standard errors below the budget, as the fitting images foretell them for the difference
     between the two samples. Deciding takes time that MACs do not show, many small steps, so a family that decides in more blocks
@@ -177,7 +191,6 @@ def _place_macs(
     """
     least = 1.0
     best: _Placement | None = None
-    dial: float | None = None
     for family in families:
         if best is not None and _refines_nothing(family, best.family, best.dial):
             continue

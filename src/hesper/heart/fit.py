@@ -207,23 +207,34 @@ class FitSums:
             raise UsageError("There are no calibration images to fit on; give a folder with images.")
         anatomy = self.host.anatomy
         patches = int(self.images) * (anatomy.tokens - anatomy.prefix_tokens)
-        tensors, explained = {}, []
+        tensors, explained = dict[str, Tensor](), list[float]()
         for block, router in enumerate(self.routers):
-            weights, offset, share = router.solve(RIDGE)
+            sums = (self.moment[block] / patches, self.covariance[block] / patches) if self.combine == "merge" else None
+            own, share = block_tables(block, router, anatomy.width, sums, rank)
+            tensors |= own
             explained.append(share)
-            if self.combine == "merge":
-                metric = self.moment[block] / patches
-                root = metric_root(metric, self.covariance[block] / patches, rank)
-                tensors[f"{block}.root"] = root.float()
-                # The router's target is the trace of the token's own curvature; relative to the metric's it has mean one.
-                offset -= float(metric.trace().clamp_min(torch.finfo(torch.float64).tiny).log())
-            tensors[f"{block}.router.direction"] = weights[: anatomy.width].float()
-            tensors[f"{block}.router.attention"] = weights[anatomy.width :].float()
-            tensors[f"{block}.router.mean_attention"] = router.mean[anatomy.width :].float()
-            tensors[f"{block}.router.offset"] = torch.tensor(offset)
         shares = []
         for block, gate in enumerate(self.gates):
             direction, offsets, foretold = gate.solve()
             shares.append(float(foretold.mean()))
             tensors[f"{block}.gate.direction"], tensors[f"{block}.gate.offset"] = direction.float(), offsets.float()
         return Tables(tensors, tuple(explained), tuple(shares))
+
+
+def block_tables(block: int, router: Ridge, width: int, sums: tuple[Tensor, Tensor] | None, rank: int) -> tuple[dict[str, Tensor], float]:
+    """The tables that price a block's tokens, by name, and the share of the log target's variance that the router explains.
+
+    ``sums`` are the metric and the covariance of tokens within an image, for merging; None for dropping.
+    """
+    weights, offset, share = router.solve(RIDGE)
+    tensors = {}
+    if sums is not None:
+        metric, covariance = sums
+        tensors[f"{block}.root"] = metric_root(metric, covariance, rank).float()
+        # The router's target is the trace of the token's own curvature; relative to the metric's it has mean one.
+        offset -= float(metric.trace().clamp_min(torch.finfo(torch.float64).tiny).log())
+    tensors[f"{block}.router.direction"] = weights[:width].float()
+    tensors[f"{block}.router.attention"] = weights[width:].float()
+    tensors[f"{block}.router.mean_attention"] = router.mean[width:].float()
+    tensors[f"{block}.router.offset"] = torch.tensor(offset)
+    return tensors, share

@@ -16,13 +16,14 @@ from hesper.data import ImageSet, LoadedBatch, Skipped, batches, require_readabl
 from hesper.graft import GraftedViT
 from hesper.heart.fit import Tables
 from hesper.heart.refine import Refinement
+from hesper.heart.refit import RefitSums
 from hesper.measure.evaluate import Evaluation, Share, join, measure
 from hesper.parallel import Team
 from hesper.plan import Plan
 from hesper.work import Kept, Pace, Work
 
 Report = Callable[[str, int, int], None]
-REFINE_BATCH = 32
+REFIT_BATCH, REFINE_BATCH = 16, 32
 
 
 class Sums(Protocol):
@@ -105,6 +106,14 @@ class Passes:
             files = tuple(self.images.files[indices[place]] for place in places)
             share = Share(columns, kept.arrays["tokens"], places, files, kept.notes["macs_dense"], kept.notes["seconds"])
         return join(self.team.every(share))
+
+    def refit(self, sums: RefitSums, indices: Sequence[int], rank: int) -> Tables:
+        """Tables fitted again along a cut model, the same in every process."""
+        # Every process asks for the same digest: the tables it starts from came from one.
+        plan = sums.cut.plan
+        name = f"refit-{_digest(repr((plan.tokens, plan.heads, plan.gates)), sums.start.tensors)}"
+        self.accumulate(name, "Fit along the cut", indices, sums, REFIT_BATCH)
+        return self.team.first(sums.tables(rank))
 
     def refined(self, module: nn.Module, plan: Plan, tables: Tables, indices: Sequence[int], epochs: int, seed: int) -> Tables:
         """What is learned of merging in so many passes over shuffled images, each process giving its part of every step's."""

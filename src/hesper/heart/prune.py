@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -15,13 +15,14 @@ from hesper.curvature import CrossEntropy, DenseKL
 from hesper.data import ImageSet, Skipped, check_labels, split
 from hesper.errors import UsageError
 from hesper.graft import GraftedViT, graft
-from hesper.heart.budget import Chosen, Trial, check_sample, choose
+from hesper.heart.budget import Chosen, Improvement, Trial, check_sample, choose
 from hesper.heart.calibrate import Calibration, calibration
 from hesper.heart.criteria import Criterion, check_prices_heads
 from hesper.heart.family import SPARSE, STAGES, Counts, Family, Heads, Stages, deciding_blocks
 from hesper.heart.fit import Atlas, FitSums, SurveySums, Tables
 from hesper.heart.passes import Passes, Report, StoredLogits
 from hesper.heart.price import plan_price
+from hesper.heart.refit import RefitSums
 from hesper.hosts.open import OpenModel
 from hesper.measure.evaluate import Evaluation, estimate
 from hesper.parallel import Alone, Team
@@ -33,15 +34,15 @@ FIT_SHARE = 0.5
 MOST_FIT_IMAGES = 512
 TUNE_IMAGES = 128
 SURVEY_IMAGES = 64
-LEAST_REFINE_IMAGES = 64
+LEAST_FIT_IMAGES = 64  # for what is learned after the search: fewer teach too little
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to prune.
 
-    ``rank``, ``gamma`` and ``rounds`` shape merging, which is refined in ``refine`` epochs (0: not at all); ``blocks`` says which
-    blocks may let tokens go ("auto" measures).
+    ``rank``, ``gamma`` and ``rounds`` shape merging, whose prices are fitted again on the cut model where ``refit`` says so and which is
+    refined in ``refine`` epochs (0: not at all); ``blocks`` says which blocks may let tokens go ("auto" measures).
     """
 
     budget: Budget
@@ -54,6 +55,7 @@ class Settings:
     rank: int = 24
     gamma: float = 0.35
     rounds: int = 2
+    refit: bool = True
     refine: int = 5
     blocks: Stages | Literal["auto"] = "auto"
     batch_size: int = 32
@@ -153,7 +155,8 @@ class _Job:
         started = self._clock("fit", started)
         compare = self._trial("compare") if len(self.fit) > len(self.tune) else None
         tune, prove = self._trial("tune"), self._trial("verify")
-        chosen = choose(self._families(tables, atlas), settings.budget, tune, prove, compare, self._refine)
+        improvements = (Improvement(self._refit, compare or tune), Improvement(self._refine, tune))
+        chosen = choose(self._families(tables, atlas), settings.budget, tune, prove, compare, improvements)
         started = self._clock("search", started)
         tables = chosen.family.tables
         grafted = graft(host.module, chosen.plan, tables.tensors)
@@ -212,15 +215,28 @@ class _Job:
         )
         return None if shape is None else lambda plan: self.team.first(shape(plan))
 
+    def _refit(self, family: Family, dial: float) -> Family:
+        """The family with its tables fitted again, where the model is cut as it is at ``dial``."""
+        settings, merges = self.settings, family.combine == "merge" and bool(family.blocks)
+        if not settings.refit or not merges or settings.criterion.name != "kl" or len(self.passes.readable(self.fit)) < LEAST_FIT_IMAGES:
+            return family
+        sums = RefitSums(self.model.host, family.at(dial), family.tables, settings.criterion, self.generator)
+        tables = self.passes.refit(sums, self.fit, settings.rank)
+        return self._with(family, "fitted again", tables, refit=True)
+
     def _refine(self, family: Family, dial: float) -> Family:
         """The family with what merging gives back and weighs learned on the fitting images that do not place the dial."""
         indices, epochs = self.passes.readable(self.fit[len(self.tune) :]), self.settings.refine
-        if not epochs or len(indices) < LEAST_REFINE_IMAGES or family.combine != "merge" or not family.blocks:
+        if not epochs or len(indices) < LEAST_FIT_IMAGES or family.combine != "merge" or not family.blocks:
             return family
         tables = self.passes.refined(self.model.host.module, family.at(dial), family.tables, indices, epochs, self.settings.seed)
-        pricing = None if family.blank.pricing is None else replace(family.blank.pricing, refine=epochs)
+        return self._with(family, "refined", tables, refine=epochs)
+
+    def _with(self, family: Family, how: str, tables: Tables, **learned: Any) -> Family:
+        """The family with other tables; its plans say what was ``learned``."""
+        pricing = None if family.blank.pricing is None else replace(family.blank.pricing, **learned)
         blank = replace(family.blank, pricing=pricing)
-        return replace(family, name=f"{family.name}, refined", blank=blank, tables=tables, calibrated=self._shape(tables))
+        return replace(family, name=f"{family.name}, {how}", blank=blank, tables=tables, calibrated=self._shape(tables))
 
     def _blank(self) -> Plan:
         settings = self.settings

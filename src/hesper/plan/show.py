@@ -40,6 +40,8 @@ def _asked(plan: Plan) -> list[str]:
         pricing = plan.pricing
         how = f"T = {pricing.temperature:g}, {pricing.draws} draws, rank {pricing.rank}, gamma {pricing.gamma:g}, {pricing.rounds} rounds"
         lines += _labelled("priced", f"criterion {pricing.criterion}, {how}")
+        if pricing.refit:
+            lines += _labelled("refitted", "metric and router, along the cut model")
         if pricing.refine:
             lines += _labelled("refined", f"what merged tokens get back and weigh, learned in {pricing.refine} epochs")
     if plan.expected_loss is not None:

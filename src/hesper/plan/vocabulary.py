@@ -79,8 +79,8 @@ class Pricing:
     """How tokens are priced online.
 
     The criterion behind metric and router with its temperature and draws per image, the metric's rank, the power of the token
-    curvature, how many rounds of matching a decision makes, and in how many passes over images it was learned what merged tokens get
-    back (0: they have the mean length of their members).
+    curvature, how many rounds of matching a decision makes, whether metric and router were fitted again where the model is cut, and in how
+    many passes over images it was learned what merged tokens get back (0: they have the mean length of their members).
     """
 
     criterion: str
@@ -89,6 +89,7 @@ class Pricing:
     rank: int
     gamma: float
     rounds: int
+    refit: bool = False
     refine: int = 0
 
 

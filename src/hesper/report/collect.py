@@ -144,6 +144,7 @@ def command(facts: RunFacts) -> str:
         words += ["--combine", plan.tokens[0].combine, "--counts", "fixed" if plan.tokens[0].threshold is None else "adaptive"]
     for key in ("heads", "blocks", "batch_size"):
         words += [f"--{key.replace('_', '-')}", str(asked[key])] if asked.get(key) else []
+    words += ["--no-refit"] if asked.get("refit") is False else []
     words += ["--refine", str(asked["refine"])] if asked.get("refine") is not None else []
     words += ["--no-tokens"] if asked.get("tokens") is False else []
     return shlex.join([*words, "--seed", str(plan.provenance.seed), "--out", "RUN"])
