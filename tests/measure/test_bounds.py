@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from hesper.measure.bounds import disagreement_p_value, images_needed, mean_upper_bound
+from hesper.measure.bounds import disagreement_p_value, images_needed, mean_upper_bound, skewness
 
 
 @given(n=st.integers(5, 400), limit=st.floats(0.01, 0.5), alpha=st.floats(0.01, 0.3))
@@ -34,3 +35,31 @@ def test_images_needed_is_the_first_sample_size_that_can_prove_anything(limit, c
 def test_mean_bound_is_students():
     assert mean_upper_bound(2.0, 0.5, 10, 0.95) == pytest.approx(2.0 + 0.5 * 1.8331129326536335)
     assert mean_upper_bound(2.0, 0.5, 1, 0.95) == math.inf
+
+
+@given(n=st.integers(2, 5000), confidence=st.floats(0.5, 0.999), skew=st.floats(-50, 50))
+def test_the_bound_undoes_halls_transformation_and_is_never_below_students(n, confidence, skew):
+    bound, plain = (mean_upper_bound(2.0, 0.5, n, confidence, own) for own in (skew, 0.0))
+    assert bound >= plain
+    if bound > plain:
+        t, b = (2.0 - bound) / 0.5, skew / (3 * math.sqrt(n))
+        quantile = float(stats.t.ppf(confidence, n - 1))
+        assert ((1 + b * t) ** 3 - 1) / (3 * b) + b / 2 == pytest.approx(-quantile, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("n", [200, 500])
+def test_a_bound_on_losses_with_a_long_tail_is_broken_about_as_often_as_promised(n):
+    """Log-normal losses, whose mean is known; without its skewness a sample promises too much."""
+    rng, broken, plainly = np.random.default_rng(0), 0, 0
+    truth, trials = math.exp(1.1**2 / 2), 3000
+    for sample in np.exp(1.1 * rng.standard_normal((trials, n))):
+        mean, error = sample.mean(), sample.std(ddof=1) / math.sqrt(n)
+        broken += mean_upper_bound(mean, error, n, 0.95, skewness(sample)) < truth
+        plainly += mean_upper_bound(mean, error, n, 0.95) < truth
+    assert broken / trials < 0.065 and plainly > 1.3 * broken
+
+
+def test_skewness_is_the_usual_one_and_none_where_nothing_varies():
+    values = np.random.default_rng(1).exponential(size=50)
+    assert skewness(values) == pytest.approx(float(stats.skew(values)))
+    assert skewness(np.full(9, 0.3)) == skewness(np.zeros(3)) == 0.0

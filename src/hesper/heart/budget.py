@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from hesper.errors import JobError, UsageError
 from hesper.heart.family import Family
-from hesper.measure.bounds import disagreement_p_value, images_needed, mean_upper_bound, provable_disagreement
+from hesper.measure.bounds import disagreement_p_value, images_needed, mean_upper_bound, provable_disagreement, skewness
 from hesper.measure.evaluate import Evaluation, estimate
 from hesper.plan import Budget, HeadGate, Measured, OperatingPoint, Plan, TokenCut, at_dial
 
@@ -331,7 +331,8 @@ def _verdict(budget: Budget, evaluation: Evaluation) -> _Verdict:
         )
         return _Verdict(p <= 1 - confidence, statement, f"{rate:.4f} of the decisions changed", provable_disagreement(rate, n, confidence))
     mean = evaluation.kept_macs if budget.kind == "macs" else estimate(evaluation.drift_kl)
-    bound = mean_upper_bound(mean.mean, mean.stderr, n, confidence)
+    values = evaluation.macs if budget.kind == "macs" else evaluation.drift_kl
+    bound = mean_upper_bound(mean.mean, mean.stderr, n, confidence, skewness(values))
     promise = f"Keeps at most {limit:g} of the dense MACs" if budget.kind == "macs" else f"Drifts at most {limit:g} nats"
     statement = f"{promise} on average with confidence {confidence:g} (asymptotic bound {bound:.4g}, {n} images)."
     found = f"it keeps {mean.mean:.4g} of the MACs" if budget.kind == "macs" else f"it drifts {mean.mean:.4g} nats"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 
@@ -50,16 +53,42 @@ def provable_disagreement(rate: float, n: int, confidence: float) -> float:
     return high
 
 
-def mean_upper_bound(mean: float, stderr: float, n: int, confidence: float) -> float:
-    """One-sided upper confidence bound of a mean by Student's t: asymptotic, not distribution-free.
+def mean_upper_bound(mean: float, stderr: float, n: int, confidence: float, skewness: float = 0.0) -> float:
+    """One-sided upper confidence bound of a mean: asymptotic, not distribution-free.
+
+    Student's t, and where the sample is skewed to the right the larger bound of Hall's transformation
+
+        g(t) = ((1 + b t)^3 - 1) / (3 b) + b / 2,    b = skewness / (3 sqrt(n)),
+
+    which takes the skewness out of t = (mean - mu) / stderr: losses have long tails, a sample often misses them, and its mean
+    and its standard error are then too small together. P. Hall, "On the removal of skewness by transformation", Journal of the Royal
+    Statistical Society B 54 (1992).
 
     Example:
-        >>> round(mean_upper_bound(1.0, 0.1, 1000, 0.95), 3)
-        1.165
+        >>> round(mean_upper_bound(1.0, 0.1, 1000, 0.95), 3), round(mean_upper_bound(1.0, 0.1, 1000, 0.95, skewness=5.0), 3)
+        (1.165, 1.185)
     """
     if n < 2:
         return math.inf
-    return mean + float(stats.t.ppf(confidence, n - 1)) * stderr
+    quantile = float(stats.t.ppf(confidence, n - 1))
+    bend = max(skewness, 0.0) / (3 * math.sqrt(n))
+    if bend * quantile < 1e-9:
+        return mean + quantile * stderr
+    corrected = (float(np.cbrt(1 - 3 * bend * (quantile + bend / 2))) - 1) / bend
+    return mean + max(quantile, -corrected) * stderr
+
+
+def skewness(values: NDArray[np.number[Any]]) -> float:
+    """Third central moment over the cubed standard deviation; 0 where nothing varies.
+
+    Example:
+        >>> round(skewness(np.array([0.0, 0.0, 0.0, 1.0])), 4), skewness(np.ones(3))
+        (1.1547, 0.0)
+    """
+    own = values.astype(np.float64)
+    mean = float(own.mean())
+    spread = float(((own - mean) ** 2).mean())
+    return float(((own - mean) ** 3).mean()) / spread**1.5 if spread > 1e-24 * mean**2 else 0.0
 
 
 def _binary_divergence(a: float, b: float) -> float:
