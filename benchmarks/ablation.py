@@ -28,6 +28,7 @@ from hesper.heart.family import STAGES, Counts, Family, Heads, Stages, deciding_
 from hesper.heart.fit import Tables, fit_tables, survey
 from hesper.heart.prune import FIT_SHARE, MOST_FIT_IMAGES, TUNE_IMAGES, Settings
 from hesper.heart.refine import refine
+from hesper.heart.refit import RefitSums
 from hesper.measure.evaluate import dense_logits, evaluate
 from hesper.plan import Combine, Pricing, Schedule, empty_plan
 
@@ -48,6 +49,7 @@ class Choice:
     heads: Heads = "none"
     rounds: int = ROUNDS
     tokens: bool = True
+    refit: bool = False
     refined: bool = False
     targets: tuple[float, ...] = TARGETS
 
@@ -56,7 +58,10 @@ BASE = Choice()
 MILD = Choice(targets=GENTLE)
 ROWS = {
     "base": BASE,
+    "refit": replace(BASE, refit=True),
     "refined": replace(BASE, refined=True),
+    "refit and refined": replace(BASE, refit=True, refined=True),
+    "fixed, refit and refined": replace(BASE, counts="fixed", refit=True, refined=True),
     "fixed": replace(BASE, counts="fixed"),
     "symmetric": replace(BASE, schedule="symmetric"),
     "fixed symmetric": replace(BASE, counts="fixed", schedule="symmetric"),
@@ -117,21 +122,28 @@ class Bench:
             seen[end] = kept(DEAREST)
         return None if seen[end] > target else place_dial(kept, target, False, seen)
 
-    def refined(self, family: Family, dial: float) -> Family:
-        """The family with merging refined around the dial, on fitting images as `hesper prune` takes them."""
+    def refit(self, family: Family, dial: float) -> Tables:
+        """The tables with prices fitted again where the model is cut as it is at the dial."""
+        sums = RefitSums(self.model.host, family.at(dial), family.tables, Criterion("kl"), seeded())
+        for batch in batches(self.calib, 16, indices=self.fit):
+            sums.add(batch)
+        return sums.tables(RANK)
+
+    def refined(self, family: Family, dial: float) -> Tables:
+        """The tables with merging refined around the dial, on fitting images as `hesper prune` takes them."""
         indices, draw = self.fit[TUNE_IMAGES:], seeded()
         order = [indices[at] for _ in range(EPOCHS) for at in torch.randperm(len(indices), generator=draw).tolist()]
         steps = -(-len(order) // BATCH)
-        tables = refine(self.model.host.module, family.at(dial), family.tables, batches(self.calib, BATCH, indices=order), steps)
-        return replace(family, tables=tables)
+        return refine(self.model.host.module, family.at(dial), family.tables, batches(self.calib, BATCH, indices=order), steps)
 
     def measure(self, choice: Choice, target: float, seen: dict[float, float]) -> dict | None:
         """A row at a target; None where it cannot be reached. ``seen`` has what dials of the row are known to keep."""
         family = self.family(choice, self.tables(choice.combine))
         dial = self.place(family, target, seen)
-        if dial is not None and choice.refined:
-            family = self.refined(family, dial)
-            dial = self.place(family, target, {})
+        for wanted, improve in ((choice.refit, self.refit), (choice.refined, self.refined)):
+            if dial is not None and wanted:
+                family = self.family(choice, improve(family, dial))
+                dial = self.place(family, target, {})
         if dial is None:
             return None
         cut = graft(self.model.host.module, family.at(dial), family.tables.tensors)
