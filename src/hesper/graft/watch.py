@@ -37,7 +37,7 @@ class Watched(GraftedViT):
         deciders = {int(block): decider for block, decider in cut.deciders.items()}
         gates = {int(block): gate for block, gate in cut.gates.items()}
         super().__init__(cut.host, cut.plan, deciders, gates, cut.size_exponent)  # type: ignore[arg-type]
-        self.eval()
+        self.to(cut.size_exponent.device).eval()
         self._block: int | None = None
         self._state: State | None = None
 
