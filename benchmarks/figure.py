@@ -35,7 +35,7 @@ def points(book: Book, key: str, row: str) -> list[dict[str, float]]:
 def panel(book: Book, key: str, name: str, shift: float) -> str:
     """One model's curves, moved ``shift`` pixels to the right."""
     every = [own for row, _ in ROWS for own in points(book, key, row)]
-    x = linear([own["macs_ratio"] for own in every], LEFT, PANEL - 12)
+    x = linear([own["macs_ratio"] for own in every], LEFT, PANEL - 24)
     y = logarithmic([own["drift_kl"] for own in every], HEIGHT - BOTTOM, TOP)
     body = frame(x, y, "kept MACs, share of dense", "drift, nats", {tick: percent(tick) for tick in x.ticks})
     body.append(label(x.start, TOP - 14, name))

@@ -130,7 +130,7 @@ def test_a_killed_job_goes_on_to_the_same_result(
     tmp_path: Path, words: Callable[[Path], list[str]], reference: RunFolder, processes: list[subprocess.Popen[str]]
 ) -> None:
     out, work = tmp_path / "run", tmp_path / ".run.work"
-    for pattern in ("fit.*.safetensors", "tune-*.safetensors", "refined-*.safetensors"):
+    for pattern in ("fit.*.safetensors", "tune-*.safetensors", "refit-*.safetensors", "refined-*.safetensors"):
         process = start(processes, [*HESPER, *words(out)])
         wait_for(work, pattern, process)
         process.send_signal(signal.SIGKILL)
