@@ -5,6 +5,7 @@ What is exchanged lies in main memory, sums in float64 among it, so the gloo bac
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import functools
@@ -141,6 +142,8 @@ def team() -> Team:
         raise UsageError(
             f"the {os.environ['WORLD_SIZE']} processes cannot be connected ({str(error).splitlines()[0]}); start them with torchrun"
         ) from error
+    # A thread that still listens when the interpreter is gone aborts the process, whatever it has finished.
+    atexit.register(distributed.destroy_process_group)
     return _Gang(rank, size, store)
 
 
