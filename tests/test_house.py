@@ -22,6 +22,7 @@ RANKS = [
     {"report"},
     {"demo"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 FILES = sorted(SOURCE.rglob("*.py"))

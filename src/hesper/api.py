@@ -379,6 +379,7 @@ def _results(pruned: Pruned, images: ImageSet, skipped: Sequence[Skipped]) -> di
         **_evaluation(pruned.chosen.evaluation, images, skipped),
         "family": pruned.chosen.family.name,
         "dial": pruned.chosen.dial,
+        "improvements": {attempt.name: dataclasses.asdict(attempt) for attempt in pruned.chosen.attempts},
         "classes": list(images.classes),
         "atlas": {
             "tokens": atlas.tokens.tolist(),

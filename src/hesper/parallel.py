@@ -143,7 +143,7 @@ def team() -> Team:
             f"the {os.environ['WORLD_SIZE']} processes cannot be connected ({str(error).splitlines()[0]}); start them with torchrun"
         ) from error
     # A thread that still listens when the interpreter is gone aborts the process, whatever it has finished.
-    atexit.register(distributed.destroy_process_group)
+    atexit.register(lambda: distributed.destroy_process_group() if distributed.is_initialized() else None)
     return _Gang(rank, size, store)
 
 

@@ -124,6 +124,19 @@ def test_budgets_above_what_there_is(ask: Ask, option: str, value: str) -> None:
     assert "must " in sentence(ask(option, value), 2)
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--refit", "--criterion", "ce"), "--refit"),
+        (("--refit", "--combine", "drop"), "--refit"),
+        (("--refine", "2", "--combine", "drop"), "--refine"),
+        (("--refine", "2", "--no-tokens"), "--refine"),
+    ],
+)
+def test_learning_about_merging_where_nothing_merges(ask: Ask, words: tuple[str, ...], named: str) -> None:
+    assert f"{named} is about merging tokens" in sentence(ask("--macs", 0.9, *words), 2)
+
+
 def test_a_budget_out_of_reach_says_what_can_be_had(ask: Ask) -> None:
     assert "least that can be had is 0." in sentence(ask("--macs", 0.05), 1)
 

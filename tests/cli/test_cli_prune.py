@@ -13,6 +13,7 @@ from safetensors import safe_open
 import hesper as package
 from cli_helpers import NAME, QUICK, hesper, sentence, write_images
 from hesper.cli import main
+from hesper.cli.options import declined
 from hesper.plan import Budget
 from hesper.plan.show import render
 from hesper.runs import open_run
@@ -28,7 +29,7 @@ def test_prune_writes_a_whole_run_and_shows_the_plan(pruned: tuple[Path, Result]
         "record.json",
         "report.html",
     ]
-    assert render(run.plan) in result.stdout
+    assert render(run.plan, declined(run)) in result.stdout
     assert str(out) in result.stdout and str(out / "report.html") in result.stdout
     assert run.plan.measured is not None and run.plan.measured.macs.mean <= 0.9
     assert [path.name for path in out.parent.iterdir()] == ["run"]
@@ -246,6 +247,18 @@ def test_merging_is_refined_on_images_that_do_not_place_the_dial(tmp_path: Path,
     with safe_open(files[0], "pt") as one, safe_open(files[1], "pt") as two:
         network = [key for key in one.keys() if key.startswith("network.")]  # noqa: SIM118  # no mapping
         assert network and all(torch.equal(one.get_tensor(key), two.get_tensor(key)) for key in network)
+
+
+def test_why_what_could_improve_a_run_did_not_is_said(tmp_path: Path, weights: Path, images: Path) -> None:
+    out = tmp_path / "run"
+    words = ("prune", NAME, "--weights", weights, "--calib", images, "--macs", 0.75, "--no-refit", "--json", "--out", out, *QUICK)
+    result = hesper(*words)
+    assert result.exit_code == 0, result.stderr
+    refit, refine = (json.loads(result.stdout)["improvements"][name] for name in ("refit", "refine"))
+    assert (refit["taken"], refit["why"]) == (False, "not asked for")
+    assert refine["taken"] is False and "do not place the dial; it takes 64" in refine["why"]
+    shown = hesper("show", out).stdout
+    assert "refined   no: 0 images fit and do not place the dial" in shown and "refitted" not in shown
 
 
 def test_a_disk_that_fills_after_the_run_is_written_leaves_the_run(

@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from cli_helpers import NAME, hesper, sentence, write_images
 from hesper.cli import main
+from hesper.cli.options import declined
 from hesper.plan import plan_hash, render
 from hesper.runs import open_run
 
@@ -124,8 +127,8 @@ def test_an_evaluation_folder_with_a_strange_class(tmp_path: Path, pruned: tuple
 
 
 def test_show_prints_the_plan_of_a_run_and_of_a_file(pruned: tuple[Path, Result]) -> None:
-    expected = render(open_run(pruned[0]).plan)
-    for target in (pruned[0], pruned[0] / "plan.toml"):
+    run = open_run(pruned[0])
+    for target, expected in ((pruned[0], render(run.plan, declined(run))), (pruned[0] / "plan.toml", render(run.plan))):
         result = hesper("show", target)
         assert result.exit_code == 0 and result.stdout == expected
         assert len(result.stdout.splitlines()) <= 40
@@ -190,3 +193,8 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("hesper.api.evaluate", fail)
     assert sentence(hesper("eval", NAME, "--data", images), 1) == "weights.bin: permission denied."
+
+
+def test_the_command_line_is_also_a_module() -> None:
+    found = subprocess.run([sys.executable, "-m", "hesper", "--version"], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "") and found.stdout.split()[0] == "hesper"

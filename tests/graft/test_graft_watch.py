@@ -95,5 +95,5 @@ def test_heads_that_left_or_sit_out_are_left_out_of_what_is_seen_as_the_decider_
 
 def test_a_block_without_a_decision_cannot_be_watched() -> None:
     _, _, watch = watched(cuts=[TokenCut(0, "merge", threshold=1.0)])
-    with pytest.raises(AssertionError):
+    with pytest.raises(UsageError, match="Block 2 lets no tokens go"):
         watch.watch(pictures(1), 2)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hesper.cost import head_macs
-from hesper.errors import JobError, UsageError
-from hesper.heart.budget import Improvement, check_sample, choose
+from hesper.errors import Interrupted, JobError, UsageError
+from hesper.heart.budget import Improvement, _rounded_up, check_sample, choose
 from hesper.heart.family import STAGES, Family, affordable_heads, deciding_blocks
 from hesper.heart.fit import Atlas, Tables
 from hesper.measure.evaluate import Evaluation
@@ -109,8 +109,11 @@ def test_a_refined_family_is_taken_where_it_does_better_and_then_proven(budget, 
         budget,
         lambda f: world(100, 1, drift[f.name]),
         verify,
-        improvements=(Improvement(refine, lambda f: world(100, 1, drift[f.name])),),
+        improvements=(Improvement("refine", lambda f: None, refine, lambda f: world(100, 1, drift[f.name])),),
     )
+    (attempt,) = chosen.attempts
+    assert (attempt.name, attempt.taken) == ("refine", wins) and "at as many MACs" in attempt.why
+    assert (attempt.after < attempt.before) == wins
     assert [chosen.family.name] == proven == ["plain, refined" if wins else "plain"]
     assert len(asked) == 1 and 0.1 < asked[0] / chosen.dial < 10
     assert {point.n for point in chosen.points} == {100, 400}
@@ -127,13 +130,38 @@ def test_improvements_build_on_one_another_and_one_that_fails_or_makes_nothing_c
             given.append(one.name)
             if name == "fails":
                 raise JobError("not finite")
-            return one if name == "same" else dataclasses.replace(one, name=f"{one.name}, {name}")
+            return dataclasses.replace(one, name=f"{one.name}, {name}")
 
-        return Improvement(made, lambda f: world(100, 1, drift[f.name]))
+        why = {"hindered": "too few images"}.get(name)
+        return Improvement(name, lambda f: why, made, lambda f: world(100, 1, drift[f.name]))
 
-    steps = [make(name) for name in ("same", "a", "fails", "b")]
+    steps = [make(name) for name in ("hindered", "a", "fails", "b")]
     chosen = choose([family()], budget, lambda f: world(100, 1, drift[f.name]), lambda f: world(400, 0, drift[f.name]), improvements=steps)
-    assert chosen.family.name == "plain, a, b" and given == ["plain", "plain", "plain, a", "plain, a"]
+    assert chosen.family.name == "plain, a, b" and given == ["plain", "plain, a", "plain, a"]
+    assert [(attempt.name, attempt.taken) for attempt in chosen.attempts] == [
+        ("hindered", False),
+        ("a", True),
+        ("fails", False),
+        ("b", True),
+    ]
+    assert [attempt.why for attempt in chosen.attempts if attempt.before is None] == ["too few images", "given up: not finite"]
+
+
+@pytest.mark.parametrize("budget", [Budget("macs", 0.6, 0.95), Budget("loss", 0.05, 0.95)])
+def test_an_improvement_that_is_interrupted_ends_the_job(budget):
+    def interrupted(one, dial):
+        raise Interrupted("one of the 2 processes died")
+
+    improvement = Improvement("refit", lambda f: None, interrupted, lambda f: world(100, 1))
+    with pytest.raises(Interrupted):
+        choose([family()], budget, lambda f: world(100, 1), lambda f: world(400, 0), improvements=[improvement])
+
+
+@given(st.floats(1e-9, 0.999))
+def test_the_advice_is_never_below_what_is_needed(needed):
+    advised = _rounded_up(needed)
+    assert needed * (1 - 1e-9) <= advised <= needed * 1.0101
+    assert advised == float(f"{advised:g}")
 
 
 @pytest.mark.parametrize("budget", [Budget("macs", 0.6, 0.95), Budget("loss", 0.05, 0.95)])

@@ -38,6 +38,13 @@ def test_what_was_not_measured_is_said() -> None:
     assert "nothing yet" in render(dataclasses.replace(PLAN, measured=None))
 
 
+def test_what_was_tried_and_declined_is_said() -> None:
+    assert PLAN.pricing is not None
+    plan = dataclasses.replace(PLAN, pricing=dataclasses.replace(PLAN.pricing, refit=False, refine=3))
+    text = render(plan, {"refit": "drifts more", "refine": "never shown"})
+    assert "refitted  no: drifts more" in text and "in 3 epochs" in text and "never shown" not in text
+
+
 def test_bars_are_relative_to_the_largest_cut_of_their_kind() -> None:
     cuts = (TokenCut(0, "merge", threshold=0.1), TokenCut(1, "merge", threshold=0.2), TokenCut(2, "drop", remove=8))
     bars = [line.count("#") for line in render(dataclasses.replace(PLAN, tokens=cuts)).splitlines()[-13:-10]]

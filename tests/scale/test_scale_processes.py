@@ -24,6 +24,7 @@ REFINING = str(Path(__file__).parents[1] / "refining.py")
 HESPER = (sys.executable, REFINING)
 # Small batches, so that there are many moments to be killed at; even ones, so that two processes step as one does.
 SETTINGS = ("--macs", "0.6", "--blocks", "alternate-early", "--draws", "2", "--batch-size", "4", "--rank", "4", "--refine", "2")
+SEED = ("--seed", "7")  # with which both improvements are kept, so that they reach the plans that are compared
 LONG = 120.0
 
 
@@ -46,7 +47,7 @@ def calib(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def words(weights: Path, calib: Path) -> Callable[[Path], list[str]]:
     def command(out: Path) -> list[str]:
-        return ["prune", NAME, "--weights", str(weights), "--calib", str(calib), "--out", str(out), "--data", str(calib), *SETTINGS]
+        return ["prune", NAME, "--weights", str(weights), "--calib", str(calib), "--out", str(out), "--data", str(calib), *SETTINGS, *SEED]
 
     return command
 
@@ -58,7 +59,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, words: Callable[[Path], 
     result = hesper(*words(out))
     assert result.exit_code == 0, result.stderr
     run = open_run(out)
-    assert run.plan.pricing is not None and run.plan.pricing.refine == 2
+    assert run.plan.pricing is not None and run.plan.pricing.refit and run.plan.pricing.refine == 2
     return run
 
 
@@ -166,13 +167,15 @@ def test_two_processes_survive_a_death_and_find_what_one_finds(
     tmp_path: Path, words: Callable[[Path], list[str]], reference: RunFolder, processes: list[subprocess.Popen[str]]
 ) -> None:
     out, work = tmp_path / "run", tmp_path / ".run.work"
-    first, second = start_two(processes, [*HESPER, *words(out)])
-    wait_for(work, "tune-*.1of2.safetensors", second)
-    second.send_signal(signal.SIGKILL)
-    stdout, stderr = first.communicate(timeout=60)
-    assert first.returncode == 1 and stdout == "" and "Traceback" not in stderr
-    assert "hesper: one of the 2 processes died or fell silent; run the same command again" in stderr.splitlines()[-1]
-    assert [path.name for path in tmp_path.iterdir()] == [".run.work"]
+    for moment in ("tune-*.1of2.safetensors", "refit-*.1of2.safetensors"):
+        first, second = start_two(processes, [*HESPER, *words(out)])
+        wait_for(work, moment, second)
+        second.send_signal(signal.SIGKILL)
+        stdout, stderr = first.communicate(timeout=60)
+        assert first.returncode == 1 and stdout == "" and "Traceback" not in stderr
+        assert "hesper: one of the 2 processes died or fell silent; run the same command again" in stderr.splitlines()[-1]
+        assert [path.name for path in tmp_path.iterdir()] == [".run.work"]
+        assert not list(work.glob("dense-verify*")), "the other process went on alone"
 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     process = start(processes, [*torchrun, REFINING, *words(out), "--json"])
@@ -213,3 +216,14 @@ def test_processes_add_agree_speak_once_and_count_a_silent_one_as_dead(processes
     found = [stdout.splitlines(), second.communicate()[0].splitlines()]
     assert [lines[0] for lines in found] == ["[3.0, 10.0] [0, 1] 0 True"] * 2
     assert sorted(lines[1] for lines in found) == ["False", "True"]
+
+
+def test_finished_processes_end_in_order_also_where_the_caller_has_disconnected_them(processes: list[subprocess.Popen[str]]) -> None:
+    code = (
+        "import sys; from torch import distributed; from hesper.parallel import team\n"
+        "crew = team(); crew.every(crew.rank)\n"
+        "if sys.argv[1] == 'disconnect': distributed.destroy_process_group()"
+    )
+    for word in ("disconnect", "leave"):
+        for process in start_two(processes, [sys.executable, "-c", code, word]):
+            assert process.communicate(timeout=LONG) == ("", "") and process.returncode == 0

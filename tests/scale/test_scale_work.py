@@ -18,9 +18,12 @@ from cli_helpers import NAME, QUICK, hesper, write_images
 from hesper.curvature import Batch, image_generators
 from hesper.data import ImageSet, LoadedBatch, open_folder
 from hesper.errors import Interrupted, JobError, UsageError
+from hesper.graft import graft
 from hesper.heart.criteria import Criterion, sensitivity
-from hesper.heart.passes import Passes
+from hesper.heart.fit import Tables
+from hesper.heart.passes import Passes, StoredLogits
 from hesper.parallel import Alone
+from hesper.plan import empty_plan
 from hesper.work import Kept, KeptNowhere, Work, work_beside
 from vits import tiny_batch, tiny_host
 
@@ -179,3 +182,60 @@ def test_what_an_image_draws_depends_on_the_image_alone(name: str) -> None:
     torch.testing.assert_close(prices([3, 1]), together[[3, 1]], rtol=1e-9, atol=1e-12)
     seed.manual_seed(4)
     assert not torch.allclose(prices([3, 1]), together[[3, 1]])
+
+
+class Two(Alone):
+    """This process and another, of which it is known what it says."""
+
+    size = 2
+
+    def __init__(self, other: object) -> None:
+        self.other = other
+
+    def every(self, value: Any) -> list[Any]:
+        """This process's value and the other's."""
+        return [value, self.other]
+
+
+def test_what_one_process_cannot_measure_none_of_them_goes_on_with(images: ImageSet) -> None:
+    host = tiny_host("plain")
+    plan = empty_plan("test_vit", host.anatomy)
+    blank = graft(host.module, plan)
+    said = JobError("A logit is not finite in the other process.")
+    seen = StoredLogits(np.zeros((0, host.anatomy.classes), np.float32), [])
+    run = Passes(images, 2, Two(said), KeptNowhere(), lambda stage, done, total: None)
+    with pytest.raises(JobError, match="in the other process"):
+        run.evaluate("tune", "Measure", blank, seen, ())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_a_step_of_refining_takes_the_same_images_in_any_number_of_processes(images: ImageSet, size: int, monkeypatch: Any) -> None:
+    steps: dict[int, list[str]] = {}
+
+    class Recorded:
+        def __init__(self, module: Any, plan: Any, tables: Any, steps: int, seed: int, team: Any) -> None:
+            self.done, self.wanted = torch.zeros(()), steps
+
+        def add(self, batch: LoadedBatch) -> None:
+            steps.setdefault(int(self.done), []).extend(batch.files)
+            self.done += 1
+
+        def tensors(self) -> dict[str, Tensor]:
+            return {}
+
+        def tables(self) -> int:
+            assert self.done == self.wanted
+            return 0
+
+    monkeypatch.setattr("hesper.heart.passes.Refinement", Recorded)
+    plan = empty_plan("test_vit", tiny_host("plain").anatomy)
+    for rank in range(size):
+        crew = Alone()
+        crew.rank, crew.size = rank, size
+        Passes(images, 5, crew, KeptNowhere(), lambda stage, done, total: None).refined(
+            torch.nn.Identity(), plan, Tables({}, ()), (0, 1, 2, 3, 4, 5, 6, 8, 9), epochs=3, seed=7
+        )
+    generator, order = torch.Generator().manual_seed(7), list[str]()
+    for _ in range(3):
+        order += [images.files[(0, 1, 2, 3, 4, 5, 6, 8, 9)[place]] for place in torch.randperm(9, generator=generator).tolist()]
+    assert {step: sorted(found) for step, found in steps.items()} == {step: sorted(order[5 * step : 5 * step + 5]) for step in range(5)}

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+if TYPE_CHECKING:
+    from hesper.runs import RunFolder
+
 __all__ = [
     "as_json",
+    "declined",
     "example",
     "file_path",
     "print_skipped",
@@ -74,6 +78,12 @@ def with_json(command: F) -> F:
 def as_json(values: Mapping[str, Any]) -> str:
     """One JSON object on one line; NaN and infinity, which JSON lacks, are refused."""
     return json.dumps(values, allow_nan=False)
+
+
+def declined(run: RunFolder) -> dict[str, str]:
+    """Why what might have improved the run is not in it, by name."""
+    attempts = run.entries[0].results["improvements"]
+    return {name: attempt["why"] for name, attempt in attempts.items() if not attempt["taken"] and attempt["why"] != "not asked for"}
 
 
 def print_skipped(skipped: Sequence[tuple[str, str]]) -> None:

@@ -10,6 +10,7 @@ import click
 
 from hesper.cli.options import (
     as_json,
+    declined,
     example,
     file_path,
     print_skipped,
@@ -105,7 +106,7 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
     "--refit/--no-refit",
     default=True,
     show_default=True,
-    help="Fit prices again where the model is cut, and keep them where they lower the drift (not under 64 fitting images).",
+    help="Fit prices of merging under kl again where the model is cut; kept where they lower the drift (not under 64 fitting images).",
 )
 @click.option(
     "--refine",
@@ -176,6 +177,7 @@ def summary(run: RunFolder) -> dict[str, Any]:
         "expected_loss": None if expected is None else expected.mean,
         "heads_removed": sum(len(cut.remove) for cut in run.plan.heads),
         "blocks_gated": len(run.plan.gates),
+        "improvements": first.results["improvements"],
         "skipped": sum(len(entry.results["skipped"]) for entry in run.entries),
         "seconds": first.results["seconds"],
         "data": later[0].results["evaluation"] if later else None,
@@ -190,7 +192,7 @@ def _tell(run: RunFolder, json_: bool) -> None:
     if json_:
         click.echo(as_json(summary(run)))
         return
-    click.echo(render(run.plan))
+    click.echo(render(run.plan, declined(run)))
     if len(run.entries) > 1:
         click.echo(table(run.entries[1].results["evaluation"]))
     click.echo(f"Run     {run.path}\nReport  {run.path / REPORT}")
@@ -211,8 +213,19 @@ def _settings(options: dict[str, Any], kind: str) -> Settings:
 
     tokens = ("combine", "counts", "schedule", "tokens", "rank", "gamma", "rounds", "refit", "refine", "blocks")
     plain = (*tokens, "heads", "batch_size", "seed")
+    _check_learning(options)
     criterion = Criterion(options["criterion"], options["temperature"], options["draws"])
     return Settings(_budget(options, kind), criterion, **{name: options[name] for name in plain})
+
+
+def _check_learning(options: dict[str, Any]) -> None:
+    """Refuse what was asked for in so many words and cannot be."""
+    source = click.get_current_context().get_parameter_source
+    for name, needs in (("refit", ("merge", "kl")), ("refine", ("merge", options["criterion"]))):
+        given = options[name] and source(name) is click.core.ParameterSource.COMMANDLINE
+        if given and (not options["tokens"] or (options["combine"], options["criterion"]) != needs):
+            under = " --criterion kl" if name == "refit" else ""
+            raise UsageError(f"--{name} is about merging tokens and needs --tokens --combine merge{under}; leave it out.")
 
 
 def _budget(options: dict[str, Any], kind: Any) -> Budget:

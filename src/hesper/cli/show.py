@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from hesper.cli.options import as_json, example, file_path, with_json
+from hesper.cli.options import as_json, declined, example, file_path, with_json
 
 __all__ = ["show"]
 
@@ -22,5 +22,7 @@ def show(target: Path, json_: bool) -> None:
     from hesper.plan import plain, plan_hash, read_plan, render
     from hesper.runs import open_run
 
-    plan = open_run(target).plan if target.is_dir() else read_plan(target)
-    click.echo(as_json({"plan": plain(plan), "hash": plan_hash(plan)}) + "\n" if json_ else render(plan), nl=False)
+    run = open_run(target) if target.is_dir() else None
+    plan = read_plan(target) if run is None else run.plan
+    words = {"plan": plain(plan), "hash": plan_hash(plan)}
+    click.echo(as_json(words) + "\n" if json_ else render(plan, None if run is None else declined(run)), nl=False)

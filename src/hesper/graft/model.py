@@ -161,7 +161,7 @@ class GraftedViT(nn.Module):
         """
         self._check(images)
         anatomy = self.plan.model.anatomy
-        stream, book = self._lay_out(self.host.embed(images)), _Book()
+        stream, book = self._lay_out(self.host.embed(images)), Book()
         first = stream.layout
         stream.follow()
         for index, block in enumerate(self.host.blocks):
@@ -187,11 +187,11 @@ class GraftedViT(nn.Module):
         return where if self.order is None else where.index_select(1, self.order.argsort())
 
     @seam
-    def _run(self, images: Tensor, trace: bool) -> tuple[Tensor, _Book, list[Tensor]]:
+    def _run(self, images: Tensor, trace: bool) -> tuple[Tensor, Book, list[Tensor]]:
         self._check(images)
         host, anatomy = self.host, self.plan.model.anatomy
         first = Layout((anatomy.tokens,) * len(images), anatomy.prefix_tokens, images.device)
-        book, maps = _Book(), []
+        book, maps = Book(), []
         if self.untouched:
             for block in host.blocks:
                 book.add(first.counts, first.counts, first.counts, block.heads)
@@ -210,7 +210,7 @@ class GraftedViT(nn.Module):
         return logits, book, maps
 
     @seam
-    def _through(self, index: int, block: HostBlock, stream: Stream, book: _Book, decide: bool = True) -> None:
+    def _through(self, index: int, block: HostBlock, stream: Stream, book: Book, decide: bool = True) -> None:
         """One block's halves, with the decision between them."""
         layout = stream.layout
         decider = cast(Decider, self.deciders[str(index)]) if decide and str(index) in self.deciders else None
@@ -228,7 +228,7 @@ class GraftedViT(nn.Module):
         stream.feed(block.feed)
 
     @eager
-    def _decide(self, index: int, decider: Decider, seen: Seen, stream: Stream, book: _Book) -> None:
+    def _decide(self, index: int, decider: Decider, seen: Seen, stream: Stream, book: Book) -> None:
         """Let go what the block's decider lets go."""
         with torch.no_grad():
             state = State(stream.rows, seen.normed, seen.key, seen.value, seen.attention, stream.sizes(), stream.layout)
@@ -251,7 +251,7 @@ class GraftedViT(nn.Module):
         return cast(Gate, self.gates[str(index)])
 
     @eager
-    def _stay(self, index: int, block: HostBlock, stream: Stream, book: _Book) -> Tensor | None:
+    def _stay(self, index: int, block: HostBlock, stream: Stream, book: Book) -> Tensor | None:
         """Which heads stay, ``[images, heads]``; None where all do."""
         if str(index) not in self.gates:
             return None
@@ -259,7 +259,7 @@ class GraftedViT(nn.Module):
         book.stay[index] = stay
         return None if bool(stay.all()) else stay
 
-    def _traffic(self, book: _Book) -> Traffic:
+    def _traffic(self, book: Book) -> Traffic:
         """The account of a run: who went where, and what deciding and merging cost each image."""
         anatomy = self.plan.model.anatomy
         attended, queries, fed = (np.array(column, dtype=np.int64).T for column in (book.attended, book.queries, book.fed))
@@ -278,7 +278,7 @@ class GraftedViT(nn.Module):
                 deciding = deciding + (tokens - fed[:, cut.block]) * anatomy.width
         return Traffic(attended, queries, fed, deciding, heads)
 
-    def _used(self, book: _Book, images: int, device: torch.device) -> Tensor:
+    def _used(self, book: Book, images: int, device: torch.device) -> Tensor:
         """Which of the dense model's heads ran, ``[images, depth, heads]``."""
         anatomy = self.plan.model.anatomy
         used = torch.ones(images, anatomy.depth, anatomy.heads, dtype=torch.bool, device=device)
@@ -305,7 +305,7 @@ class GraftedViT(nn.Module):
         return prefix, layout.padded(normed), weight
 
     @seam
-    def _finish_readers(self, stream: Stream, book: _Book) -> Tensor:
+    def _finish_readers(self, stream: Stream, book: Book) -> Tensor:
         """The last block for the prefix alone: nobody reads its patch tokens, so leaving them out changes nothing."""
         block, layout = self.host.blocks[-1], stream.layout
         last = len(self.host.blocks) - 1
@@ -331,7 +331,7 @@ def _look_again(model: nn.Module, _: object) -> None:
     cast(GraftedViT, model)._look_at_exponents()
 
 
-class _Book:
+class Book:
     """Keeps count of tokens and heads block by block, of the tokens that entered each round of a decision, and of the heads that stayed."""
 
     def __init__(self) -> None:
@@ -343,6 +343,7 @@ class _Book:
         self.stay: dict[int, Tensor] = {}
 
     def add(self, attended: tuple[int, ...], queries: tuple[int, ...], fed: tuple[int, ...], heads: int) -> None:
+        """A block: tokens that attended, were queries and were fed, image by image, and its heads."""
         self.attended.append(attended)
         self.queries.append(queries)
         self.fed.append(fed)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hesper.errors import UsageError
 from hesper.graft.deciders import Decider, State
 from hesper.graft.half import Seen
-from hesper.graft.model import GraftedViT, _Book
+from hesper.graft.model import Book, GraftedViT
 from hesper.graft.stream import Stream
 
 
@@ -42,7 +43,12 @@ class Watched(GraftedViT):
         self._state: State | None = None
 
     def watch(self, images: Tensor, block: int) -> tuple[Tensor, State]:
-        """Logits ``[images, classes]`` without the decision of ``block``, and its state, to whose ``stream`` they can be differentiated."""
+        """Logits ``[images, classes]`` without the decision of ``block``, and its state, to whose ``stream`` they can be differentiated.
+
+        UsageError where the block decides nothing.
+        """
+        if str(block) not in self.deciders:
+            raise UsageError(f"Block {block} lets no tokens go, so there is no decision to leave out.")
         self._block, self._state = block, None
         try:
             with torch.enable_grad():
@@ -52,7 +58,7 @@ class Watched(GraftedViT):
         assert self._state is not None
         return logits, self._state
 
-    def _decide(self, index: int, decider: Decider, seen: Seen, stream: Stream, book: _Book) -> None:
+    def _decide(self, index: int, decider: Decider, seen: Seen, stream: Stream, book: Book) -> None:
         if index != self._block:
             super()._decide(index, decider, seen, stream, book)
             return

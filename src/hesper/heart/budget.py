@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from hesper.errors import JobError, UsageError
+from hesper.errors import Interrupted, JobError, UsageError
 from hesper.heart.family import Family
 from hesper.measure.bounds import disagreement_p_value, images_needed, mean_upper_bound, provable_disagreement, skewness
 from hesper.measure.evaluate import Evaluation, estimate
@@ -32,13 +32,27 @@ SIGMAS = (5.0, 4.0, 3.2, 2.6, 2.1, 1.7, 1.3, 0.9)
 
 @dataclass(frozen=True, eq=False)
 class Improvement:
-    """Makes another family of one, given its dial (the same family where it cannot), and measures which of the two is better.
+    """Makes another family of one, given its dial, and measures which of the two is better.
 
-    ``judge`` measures on images that favour neither: either both have been fitted on them or none.
+    ``obstacle`` says why a family cannot be improved, None where it can. ``judge`` measures on images that favour neither: either both
+    have been fitted on them or none.
     """
 
+    name: str
+    obstacle: Callable[[Family], str | None]
     make: Callable[[Family, float], Family]
     judge: Callable[[Family], Trial]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What became of an improvement, and in words why; drift in nats without and with it, where that was measured."""
+
+    name: str
+    taken: bool
+    why: str
+    before: float | None = None
+    after: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +65,7 @@ class Chosen:
     evaluation: Evaluation
     measured: Measured
     points: tuple[OperatingPoint, ...]
+    attempts: tuple[Attempt, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,26 +113,34 @@ def choose(
         JobError: no member of any family keeps the budget; says what can be had.
     """
     placed = _place_macs(families, budget, tune, compare) if budget.kind == "macs" else _place_risk(families, budget, tune)
+    attempts = []
     for improvement in improvements:
-        placed = _improved(placed, budget, tune, compare, improvement)
+        placed, attempt = _improved(placed, budget, tune, compare, improvement)
+        attempts.append(attempt)
     trial = verify(placed.family)
-    return _with_neighbours(_prove(placed.family, placed.dials, placed.points, budget, trial), trial)
+    chosen = _with_neighbours(_prove(placed.family, placed.dials, placed.points, budget, trial), trial)
+    return replace(chosen, attempts=tuple(attempts))
 
 
 def _improved(
     placed: _Placed, budget: Budget, tune: Callable[[Family], Trial], compare: Callable[[Family], Trial] | None, improvement: Improvement
-) -> _Placed:
+) -> tuple[_Placed, Attempt]:
     """The improved family where each at its own dial, and at as many MACs, it drifts less than the family as it was."""
+    if (obstacle := improvement.obstacle(placed.family)) is not None:
+        return placed, Attempt(improvement.name, False, obstacle)
     try:
         family = improvement.make(placed.family, placed.dial)
-        if family is placed.family:
-            return placed
-        new = _place_macs([family], budget, tune, compare, placed.dial) if budget.kind == "macs" else _place_risk([family], budget, tune)
-        before, after = (improvement.judge(each.family)(each.family.at(each.dial)) for each in (placed, new))
-    except JobError:
-        return placed  # which keeps the budget on the fitting images, whatever the other came to
-    dearer = (after.kept_macs.mean - before.kept_macs.mean) / DECISION_MACS
-    return new if float(after.drift_kl.mean()) * DECISION_DRIFT**dearer < float(before.drift_kl.mean()) else placed
+        new = _place_macs([family], budget, tune, compare, placed) if budget.kind == "macs" else _place_risk([family], budget, tune)
+        results = [improvement.judge(each.family)(each.family.at(each.dial)) for each in (placed, new)]
+    except Interrupted:
+        raise
+    except JobError as error:  # what was placed keeps the budget on the fitting images, whatever the other came to
+        return placed, Attempt(improvement.name, False, f"given up: {error}")
+    kept, other = (result.kept_macs.mean for result in results)
+    before, after = (float(result.drift_kl.mean()) for result in results)
+    after *= DECISION_DRIFT ** ((other - kept) / DECISION_MACS)  # as it would be at as many MACs
+    why = f"drift {after:.3g} nats with it, {before:.3g} without, at as many MACs"
+    return new if after < before else placed, Attempt(improvement.name, after < before, why, before, after)
 
 
 def _prove(family: Family, dials: Sequence[float], points: list[OperatingPoint], budget: Budget, trial: Trial) -> Chosen:
@@ -145,7 +168,7 @@ def _prove(family: Family, dials: Sequence[float], points: list[OperatingPoint],
         assert verdict is not None
         raise JobError(
             f"Not even the safest plan tried can be proven to keep the budget of {budget.value:g}: "
-            f"on {evaluation.n} images {verdict.found}. Allow at least {verdict.provable:.3g}, or give more calibration images."
+            f"on {evaluation.n} images {verdict.found}. Allow at least {_rounded_up(verdict.provable):g}, or give more calibration images."
         )
     dial, plan, evaluation, verdict = kept
     points = [*points, *(_point(own, measured, _turns_to(plan, other, own)) for own, other, measured in proven)]
@@ -179,11 +202,11 @@ def _place_macs(
     budget: Budget,
     tune: Callable[[Family], Trial],
     compare: Callable[[Family], Trial] | None = None,
-    dial: float | None = None,
+    before: _Placed | None = None,
 ) -> _Placed:
     """The family of least drift at the budget on fitting images, and dials that keep a little more and more of the MACs.
 
-    The search for the first family's dial starts at ``dial``.
+    What was placed ``before`` says where the first family's dial may lie, and how fast MACs fall with it.
 
     The dials aim between five and one standard errors below the budget, as the fitting images foretell them for the difference
     between the two samples. Deciding takes time that MACs do not show, many small steps, so a family that decides in more blocks
@@ -191,6 +214,7 @@ def _place_macs(
     """
     least = 1.0
     best: _Placement | None = None
+    dial = None if before is None else before.dial
     for family in families:
         if best is not None and _refines_nothing(family, best.family, best.dial):
             continue
@@ -205,7 +229,8 @@ def _place_macs(
     # Two samples of images differ: the tuned mean has its error, and so will the verified one.
     kept = best.evaluation.kept_macs
     error = kept.stderr * math.sqrt(1 + best.evaluation.n / best.family.blank.provenance.verify_images)
-    slope, short = _slope(best.tried, kept.mean), kept.mean - budget.value
+    # A search that starts near its end sees little of the slope.
+    slope, short = _slope([*best.tried, *(before.points if before else ())], kept.mean), kept.mean - budget.value
     steps = [min((sigmas * error + short) / slope, 2.0) for sigmas in SIGMAS] if error >= ALIKE else [0.0]
     return _Placed(best.family, best.dial, [best.dial * math.exp(step) for step in steps], list(best.tried))
 
@@ -337,6 +362,12 @@ def _verdict(budget: Budget, evaluation: Evaluation) -> _Verdict:
     statement = f"{promise} on average with confidence {confidence:g} (asymptotic bound {bound:.4g}, {n} images)."
     found = f"it keeps {mean.mean:.4g} of the MACs" if budget.kind == "macs" else f"it drifts {mean.mean:.4g} nats"
     return _Verdict(bound <= limit, statement, f"{found} on average, with an upper bound of {bound:.4g}", bound)
+
+
+def _rounded_up(value: float) -> float:
+    """To three digits, so that what is advised is not less than what is needed."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 2) if 0 < value < math.inf else 1.0
+    return float(f"{math.ceil(value / step * (1 - 1e-12)) * step:.3g}") if math.isfinite(value) else value
 
 
 def _point(dial: float, evaluation: Evaluation, verified: bool = False) -> OperatingPoint:

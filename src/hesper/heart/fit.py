@@ -231,7 +231,7 @@ def block_tables(block: int, router: Ridge, width: int, sums: tuple[Tensor, Tens
     if sums is not None:
         metric, covariance = sums
         tensors[f"{block}.root"] = metric_root(metric, covariance, rank).float()
-        # The router's target is the trace of the token's own curvature; relative to the metric's it has mean one.
+        # The router's target is the trace of the token's own curvature; relative to the metric's it has mean one where all sizes are one.
         offset -= float(metric.trace().clamp_min(torch.finfo(torch.float64).tiny).log())
     tensors[f"{block}.router.direction"] = weights[:width].float()
     tensors[f"{block}.router.attention"] = weights[width:].float()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hesper.curvature import Batch
 from hesper.data import ImageSet, LoadedBatch, Skipped, batches, require_readable
+from hesper.errors import Interrupted, JobError
 from hesper.graft import GraftedViT
 from hesper.heart.fit import Tables
 from hesper.heart.refine import Refinement
@@ -96,16 +97,31 @@ class Passes:
         """The evaluation of all images by all processes; kept by what the plan cuts, under ``name``."""
         name = f"{name}-{_identity(cut)}"
         kept = self.work.load(name)
+        share: Share | JobError
         if kept is None:
-            share = measure(cut, dense, self.batches(stage, indices))
-            arrays = {**share.columns, "tokens": share.tokens, "places": share.places}
-            self._keep(name, arrays, macs_dense=share.macs_dense, seconds=share.seconds)
+            share = self._measured(name, cut, dense, self.batches(stage, indices))
         else:
             columns = {key: array for key, array in kept.arrays.items() if key not in ("tokens", "places")}
             places = kept.arrays["places"]
             files = tuple(self.images.files[indices[place]] for place in places)
             share = Share(columns, kept.arrays["tokens"], places, files, kept.notes["macs_dense"], kept.notes["seconds"])
-        return join(self.team.every(share))
+        shares = self.team.every(share)
+        # All of them give up alike: one that went on alone would wait for the others, or speak of another thing.
+        if failed := [each for each in shares if isinstance(each, JobError)]:
+            raise failed[0]
+        return join([each for each in shares if isinstance(each, Share)])
+
+    def _measured(self, name: str, cut: GraftedViT, dense: StoredLogits, seen: Iterator[LoadedBatch]) -> Share | JobError:
+        """This process's share, kept under ``name``, or why it cannot be measured."""
+        try:
+            share = measure(cut, dense, seen)
+        except Interrupted:
+            raise
+        except JobError as error:
+            return error
+        arrays = {**share.columns, "tokens": share.tokens, "places": share.places}
+        self._keep(name, arrays, macs_dense=share.macs_dense, seconds=share.seconds)
+        return share
 
     def refit(self, sums: RefitSums, indices: Sequence[int], rank: int) -> Tables:
         """Tables fitted again along a cut model, the same in every process."""
@@ -117,18 +133,20 @@ class Passes:
 
     def refined(self, module: nn.Module, plan: Plan, tables: Tables, indices: Sequence[int], epochs: int, seed: int) -> Tables:
         """What is learned of merging in so many passes over shuffled images, each process giving its part of every step's."""
-        part = max(min(REFINE_BATCH, self.batch_size) // self.team.size, 1)
+        together = max(min(REFINE_BATCH, self.batch_size), self.team.size)
         generator = torch.Generator().manual_seed(seed)
         order = [indices[place] for _ in range(epochs) for place in torch.randperm(len(indices), generator=generator).tolist()]
-        together = part * self.team.size
         steps = len(order) // together  # whole ones, so that nobody waits for the others in a step that they do not make
+        # The same steps whatever the number of processes, whose parts of one may differ by an image.
+        own = [index for step in range(steps) for index in order[step * together : (step + 1) * together][self.team.rank :: self.team.size]]
+        part = len(own) // max(steps, 1)
         refinement = Refinement(module, plan, tables, steps, seed, self.team)
         name, pace = f"refined-{_digest(repr((plan.tokens, plan.gates, order)), tables.tensors)}", Pace()
         starts = self.team.every(0 if (kept := self.work.load(name)) is None else int(kept.notes["next"]))
         start = starts[0] if len(set(starts)) == 1 else 0
         if kept is not None and start:
             refinement.go_on({key: torch.from_numpy(array) for key, array in kept.arrays.items()})
-        for batch in self.batches("Refine merging", order[: steps * together], part, start=start * together):
+        for batch in self.batches("Refine merging", own, part, shared=False, start=start * part):
             refinement.add(batch)
             if pace.due():
                 with pace.keeping():

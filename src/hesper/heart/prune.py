@@ -155,7 +155,10 @@ class _Job:
         started = self._clock("fit", started)
         compare = self._trial("compare") if len(self.fit) > len(self.tune) else None
         tune, prove = self._trial("tune"), self._trial("verify")
-        improvements = (Improvement(self._refit, compare or tune), Improvement(self._refine, tune))
+        improvements = (
+            Improvement("refit", self._refits_not, self._refit, compare or tune),
+            Improvement("refine", self._refines_not, self._refine, tune),
+        )
         chosen = choose(self._families(tables, atlas), settings.budget, tune, prove, compare, improvements)
         started = self._clock("search", started)
         tables = chosen.family.tables
@@ -217,19 +220,33 @@ class _Job:
 
     def _refit(self, family: Family, dial: float) -> Family:
         """The family with its tables fitted again, where the model is cut as it is at ``dial``."""
-        settings, merges = self.settings, family.combine == "merge" and bool(family.blocks)
-        if not settings.refit or not merges or settings.criterion.name != "kl" or len(self.passes.readable(self.fit)) < LEAST_FIT_IMAGES:
-            return family
-        sums = RefitSums(self.model.host, family.at(dial), family.tables, settings.criterion, self.generator)
-        tables = self.passes.refit(sums, self.fit, settings.rank)
+        sums = RefitSums(self.model.host, family.at(dial), family.tables, self.settings.criterion, self.generator)
+        tables = self.passes.refit(sums, self.fit, self.settings.rank)
         return self._with(family, "fitted again", tables, refit=True)
+
+    def _refits_not(self, family: Family) -> str | None:
+        """Why prices are not fitted again along the cut, None where they are."""
+        name, images = self.settings.criterion.name, len(self.passes.readable(self.fit))
+        if not self.settings.refit:
+            return "not asked for"
+        if name != "kl":
+            return f"prices under the criterion {name} are fitted on the dense model alone"
+        return _merges_not(family) or _few("fit", images)
+
+    def _refines_not(self, family: Family) -> str | None:
+        """Why merging is not refined, None where it is."""
+        if not self.settings.refine:
+            return "not asked for"
+        return _merges_not(family) or _few("fit and do not place the dial", len(self._spare()))
+
+    def _spare(self) -> tuple[int, ...]:
+        """The fitting images that do not place the dial."""
+        return self.passes.readable(self.fit[len(self.tune) :])
 
     def _refine(self, family: Family, dial: float) -> Family:
         """The family with what merging gives back and weighs learned on the fitting images that do not place the dial."""
-        indices, epochs = self.passes.readable(self.fit[len(self.tune) :]), self.settings.refine
-        if not epochs or len(indices) < LEAST_FIT_IMAGES or family.combine != "merge" or not family.blocks:
-            return family
-        tables = self.passes.refined(self.model.host.module, family.at(dial), family.tables, indices, epochs, self.settings.seed)
+        epochs = self.settings.refine
+        tables = self.passes.refined(self.model.host.module, family.at(dial), family.tables, self._spare(), epochs, self.settings.seed)
         return self._with(family, "refined", tables, refine=epochs)
 
     def _with(self, family: Family, how: str, tables: Tables, **learned: Any) -> Family:
@@ -282,3 +299,11 @@ class _Job:
         now = time.perf_counter()
         self.seconds[name] = now - started
         return now
+
+
+def _merges_not(family: Family) -> str | None:
+    return None if family.combine == "merge" and family.blocks else "the plan merges nothing"
+
+
+def _few(which: str, images: int) -> str | None:
+    return None if images >= LEAST_FIT_IMAGES else f"{images} images {which}; it takes {LEAST_FIT_IMAGES}"

@@ -29,7 +29,9 @@ class RefitSums:
         M = sum g g^T / s  /  sum s,        log w = router(token)  fitted to  log(|g|^2 / s) - log tr M,
 
     which on the dense trajectory, where all sizes are 1, is what :class:`~hesper.heart.fit.FitSums` fits. A token of size s is the mean
-    of s patches and moving it moves them all, so Ward's linkage prices it s times; g g^T / s is what makes that right.
+    of s patches and moving it moves them all, so Ward's linkage prices it s times; g g^T / s is what makes that right. Under M stands
+    the number of patches, not of tokens, so w is the mean size on average: a gamma below 1 then makes merging where much has merged
+    cheaper by (mean size)^(gamma - 1). Measured, that is as good as the number of tokens or better (docs/findings.md).
 
     Args:
         host: the dense model.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 
 from hesper.plan.toml import plan_hash
 from hesper.plan.vocabulary import Budget, Estimate, HeadCut, HeadGate, Plan, TokenCut
@@ -16,9 +17,12 @@ _STATEMENT_LINES = 3
 _POINTS = 5
 
 
-def render(plan: Plan) -> str:
-    """The plan for people: what was asked, what was measured, and a line per block; at most 40 lines of 80 columns."""
-    head = [*_title(plan), "", *_asked(plan), *_measured(plan), ""]
+def render(plan: Plan, declined: Mapping[str, str] | None = None) -> str:
+    """The plan for people: what was asked, what was measured, and a line per block; at most 40 lines of 80 columns.
+
+    ``declined`` says why there is no "refit" or "refine", where that is known.
+    """
+    head = [*_title(plan), "", *_asked(plan, declined or {}), *_measured(plan), ""]
     table = _table(plan, _LINES - len(head) - 2)
     return "\n".join(_clip(_printable(line), _COLUMNS).rstrip() for line in [*head, *table]) + "\n"
 
@@ -34,16 +38,19 @@ def _title(plan: Plan) -> list[str]:
     ]
 
 
-def _asked(plan: Plan) -> list[str]:
+def _asked(plan: Plan, declined: Mapping[str, str]) -> list[str]:
     lines = _labelled("asked", f"{_budget(plan.budget)}, {plan.schedule} schedule")
     if plan.pricing is not None:
         pricing = plan.pricing
         how = f"T = {pricing.temperature:g}, {pricing.draws} draws, rank {pricing.rank}, gamma {pricing.gamma:g}, {pricing.rounds} rounds"
         lines += _labelled("priced", f"criterion {pricing.criterion}, {how}")
-        if pricing.refit:
-            lines += _labelled("refitted", "metric and router, along the cut model")
-        if pricing.refine:
-            lines += _labelled("refined", f"what merged tokens get back and weigh, learned in {pricing.refine} epochs")
+        refined = f"what merged tokens get back and weigh, learned in {pricing.refine} epochs"
+        for label, name, text in (
+            ("refitted", "refit", "metric and router, along the cut model" if pricing.refit else None),
+            ("refined", "refine", refined if pricing.refine else None),
+        ):
+            if text or name in declined:
+                lines += _labelled(label, text or f"no: {declined[name]}")
     if plan.expected_loss is not None:
         lines += _labelled("expected", f"loss {_estimate(plan.expected_loss, ' nats')}")
     return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-SCHEMA = 3
+SCHEMA = 4
 
 Combine = Literal["merge", "drop"]
 BudgetKind = Literal["macs", "loss", "disagreement"]

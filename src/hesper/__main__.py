@@ -1,4 +1,4 @@
-"""``python -m hesper.cli``, for launchers that start Python modules."""
+"""``python -m hesper``, the command line."""
 
 from hesper.cli.group import main
 
