@@ -157,6 +157,23 @@ def test_an_improvement_that_is_interrupted_ends_the_job(budget):
         choose([family()], budget, lambda f: world(100, 1), lambda f: world(400, 0), improvements=[improvement])
 
 
+def test_a_cliff_in_the_macs_does_not_refuse_what_can_be_proven():
+    def cliff(at, n, seed):
+        noise = np.random.default_rng(seed).normal(0, 0.02, n)
+
+        def trial(plan):
+            dial = plan.tokens[0].threshold
+            kept = np.clip(0.63 - 0.03 * math.log(dial / 1e-4) - 0.06 * (dial > at) + noise - noise.mean(), 0.05, 1)
+            ones = np.ones((n, 12), dtype=np.int64)
+            return Evaluation(np.full(n, 100 * dial), np.ones(n), kept * DENSE, ones, DENSE, None, None, None, None, None, 0.0)
+
+        return trial
+
+    # Beyond the cliff on the images that place the dial, and not yet on those that prove it.
+    chosen = choose([family()], Budget("macs", 0.6, 0.95), lambda f: cliff(1e-4, 40, 1), lambda f: cliff(1.3e-4, 200, 2))
+    assert 1.3e-4 < chosen.dial < 3e-4 and chosen.measured.macs.mean < 0.6
+
+
 @given(st.floats(1e-9, 0.999))
 def test_the_advice_is_never_below_what_is_needed(needed):
     advised = _rounded_up(needed)

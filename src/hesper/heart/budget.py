@@ -28,6 +28,7 @@ IMPERCEPTIBLE = 0.0003  # nats of drift that no decision is worth
 LADDER = (-5.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)
 NEIGHBOURS = (1 / 8, 1 / 4, 1 / 2, 2.0)
 SIGMAS = (5.0, 4.0, 3.2, 2.6, 2.1, 1.7, 1.3, 0.9)
+SAFE = (2.0, 0.7)  # steps in the dial's logarithm from which MACs are on the safe side whatever their slope was taken for
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +131,7 @@ def _improved(
         return placed, Attempt(improvement.name, False, obstacle)
     try:
         family = improvement.make(placed.family, placed.dial)
-        new = _place_macs([family], budget, tune, compare, placed) if budget.kind == "macs" else _place_risk([family], budget, tune)
+        new = _place_macs([family], budget, tune, compare, placed.dial) if budget.kind == "macs" else _place_risk([family], budget, tune)
         results = [improvement.judge(each.family)(each.family.at(each.dial)) for each in (placed, new)]
     except Interrupted:
         raise
@@ -202,11 +203,11 @@ def _place_macs(
     budget: Budget,
     tune: Callable[[Family], Trial],
     compare: Callable[[Family], Trial] | None = None,
-    before: _Placed | None = None,
+    dial: float | None = None,
 ) -> _Placed:
     """The family of least drift at the budget on fitting images, and dials that keep a little more and more of the MACs.
 
-    What was placed ``before`` says where the first family's dial may lie, and how fast MACs fall with it.
+    The search for the first family's dial starts at ``dial``.
 
     The dials aim between five and one standard errors below the budget, as the fitting images foretell them for the difference
     between the two samples. Deciding takes time that MACs do not show, many small steps, so a family that decides in more blocks
@@ -214,7 +215,6 @@ def _place_macs(
     """
     least = 1.0
     best: _Placement | None = None
-    dial = None if before is None else before.dial
     for family in families:
         if best is not None and _refines_nothing(family, best.family, best.dial):
             continue
@@ -229,9 +229,11 @@ def _place_macs(
     # Two samples of images differ: the tuned mean has its error, and so will the verified one.
     kept = best.evaluation.kept_macs
     error = kept.stderr * math.sqrt(1 + best.evaluation.n / best.family.blank.provenance.verify_images)
-    # A search that starts near its end sees little of the slope.
-    slope, short = _slope([*best.tried, *(before.points if before else ())], kept.mean), kept.mean - budget.value
-    steps = [min((sigmas * error + short) / slope, 2.0) for sigmas in SIGMAS] if error >= ALIKE else [0.0]
+    slope, short = _slope(best.tried, kept.mean), kept.mean - budget.value
+    steps = [min((sigmas * error + short) / slope, SAFE[0]) for sigmas in SIGMAS] if error >= ALIKE else [0.0]
+    if error >= ALIKE:
+        # Where MACs fall in steps, or few images say how fast, the slope deceives, and a first dial that fails would refuse the budget.
+        steps = [safe for safe in SAFE if safe > steps[0]] + steps
     return _Placed(best.family, best.dial, [best.dial * math.exp(step) for step in steps], list(best.tried))
 
 
