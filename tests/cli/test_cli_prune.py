@@ -124,7 +124,9 @@ def test_unreadable_files_are_named_skipped_and_counted(tmp_path: Path, weights:
     out = tmp_path / "run"
     result = hesper("prune", NAME, "--weights", weights, "--calib", calib, "--macs", 0.9, "--out", out, "--data", calib, *QUICK)
     assert result.exit_code == 0, result.stderr
-    assert result.stderr.startswith("Skipped 4 files: bee/notes.txt (not an image by its file name); ant/broken.png (not an image); ")
+    # On a busy machine stages that took over two seconds have said so before.
+    said = result.stderr.splitlines()[-1]
+    assert said.startswith("Skipped 4 files: bee/notes.txt (not an image by its file name); ant/broken.png (not an image); ")
     assert open_run(out).entries[1].results["evaluation"]["n"] == 24
 
 
