@@ -221,10 +221,9 @@ def _settings(options: dict[str, Any], kind: str) -> Settings:
 def _check_learning(options: dict[str, Any]) -> None:
     """Refuse what was asked for in so many words and cannot be."""
     source = click.get_current_context().get_parameter_source
-    for name, needs in (("refit", ("merge", "kl")), ("refine", ("merge", options["criterion"]))):
-        given = options[name] and source(name) is click.core.ParameterSource.COMMANDLINE
-        if given and (not options["tokens"] or (options["combine"], options["criterion"]) != needs):
-            under = " --criterion kl" if name == "refit" else ""
+    merges = options["tokens"] and options["combine"] == "merge"
+    for name, possible, under in (("refit", merges and options["criterion"] == "kl", " --criterion kl"), ("refine", merges, "")):
+        if options[name] and not possible and source(name) is click.core.ParameterSource.COMMANDLINE:
             raise UsageError(f"--{name} is about merging tokens and needs --tokens --combine merge{under}; leave it out.")
 
 
