@@ -1,6 +1,7 @@
 """The report of a real (tiny) run: complete, true to the record, self-contained, and safe against hostile names."""
 
 import dataclasses
+import itertools
 import re
 import shutil
 from html.parser import HTMLParser
@@ -8,6 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import hesper as package
 from cli_helpers import NAME, write_images, write_weights
@@ -15,8 +18,9 @@ from hesper.errors import UsageError
 from hesper.heart.gallery import GALLERY, Gallery, load_gallery, save_gallery
 from hesper.plan import Budget
 from hesper.report import write_report
+from hesper.report.charts import colour_bar
 from hesper.report.patches import exhibits, stages_of
-from hesper.report.svg import cell_path
+from hesper.report.svg import Colours, cell_path
 from hesper.runs import open_run
 
 SECTIONS = ("kept", "cut where", "patches survive", "Drift against MACs", "Image by image", "pricing works", "Evidence")
@@ -173,3 +177,11 @@ def test_a_path_around_cells_covers_exactly_them():
 
 def test_stages_are_within_the_model():
     assert all(0 <= block < depth for depth in range(1, 25) for skip in (False, True) for block in stages_of(depth, skip))
+
+
+@given(st.floats(-9.0, 1.0), st.floats(0.3, 4.0))
+def test_the_labels_of_a_colour_scale_stand_clear_of_each_other(exponent, decades):
+    drawn = ElementTree.fromstring(colour_bar(Colours(10**exponent, 10 ** (exponent + decades)), "nats"))
+    ticks = [(float(text.get("x")), len(text.text) * 6.5) for text in drawn.iter() if text.tag.endswith("text") and text.get("y") == "29"]
+    assert ticks
+    assert all(right - left >= (wide + wider) / 2 + 8 for (left, wide), (right, wider) in itertools.pairwise(sorted(ticks)))

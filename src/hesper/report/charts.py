@@ -20,6 +20,7 @@ WIDTH, HEIGHT = 440.0, 270.0
 LEFT, RIGHT, TOP, BOTTOM = 56.0, 14.0, 16.0, 44.0
 MANY_LABELS = 16
 LEVELS = 64
+MOST_NAMED = 6  # labels along a colour scale; more run into each other
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,10 @@ def head_map(
 def colour_bar(scale: Colours, unit: str) -> str:
     """The legend of a colour scale, with ticks in ``unit``."""
     axis = logarithmic([scale.low, scale.high], LEFT, WIDTH - RIGHT)
-    axis = Axis(scale.low, scale.high, axis.start, axis.end, tuple(t for t in axis.ticks if scale.low <= t <= scale.high), log=True)
+    ticks = [tick for tick in axis.ticks if scale.low <= tick <= scale.high]
+    if len(ticks) > MOST_NAMED:
+        ticks = [tick for tick in ticks if math.log10(tick).is_integer()]
+    axis = Axis(scale.low, scale.high, axis.start, axis.end, tuple(ticks), log=True)
     wide = (axis.end - axis.start) / LEVELS
     body = [
         element("rect", x=axis.start + wide * level, y=4.0, width=wide + 0.3, height=10.0, fill=shade((level + 0.5) / LEVELS))
