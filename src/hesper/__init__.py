@@ -9,14 +9,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hesper.version import __version__
+
 if TYPE_CHECKING:
     from hesper.api import evaluate, load, prune
     from hesper.graft import graft
     from hesper.heart.criteria import Criterion
     from hesper.heart.prune import Settings
     from hesper.hosts.open import open_model
-
-__version__ = "0.1.0"
 
 _DOORS = {
     "Criterion": "hesper.heart.criteria",

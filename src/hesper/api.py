@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from hesper import __version__ as hesper_version
 from hesper.data import ImageSet, Skipped, batches, check_labels, open_images, read_class_map, require_readable
 from hesper.device import use_device
 from hesper.errors import HesperError, JobError, UsageError
@@ -43,6 +42,7 @@ from hesper.runs import (
     utc_now,
     write_text,
 )
+from hesper.version import __version__
 from hesper.work import work_beside
 
 Progress = Callable[[str, int, int], None]
@@ -136,7 +136,7 @@ def _request(opened: OpenModel, images: ImageSet, settings: Settings, device: st
     """All that the outcome of pruning depends on, in plain values: work kept for the same request may be used."""
     labels = None if images.labels is None else hashlib.sha256(repr(images.labels).encode()).hexdigest()
     return {
-        "hesper": hesper_version,
+        "hesper": __version__,
         "torch": torch.__version__,
         "model": opened.ref.name,
         "weights": opened.ref.weights_sha256,

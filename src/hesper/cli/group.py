@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 import click
 
-from hesper import __version__
 from hesper.cli.demo import demo
 from hesper.cli.doctor import doctor
 from hesper.cli.eval import evaluate
@@ -19,6 +18,7 @@ from hesper.cli.report import report
 from hesper.cli.show import show
 from hesper.cli.signals import interruptible
 from hesper.registry import did_you_mean
+from hesper.version import __version__
 
 __all__ = ["main"]
 

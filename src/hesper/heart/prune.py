@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-import hesper
 from hesper.curvature import CrossEntropy, DenseKL
 from hesper.data import ImageSet, Skipped, check_labels, split
 from hesper.errors import UsageError
@@ -28,6 +27,7 @@ from hesper.measure.evaluate import Evaluation, estimate
 from hesper.parallel import Alone, Team
 from hesper.plan import Budget, Combine, Estimate, Plan, Pricing, Provenance, Schedule, check_budget
 from hesper.runs import utc_now
+from hesper.version import __version__
 from hesper.work import KeptNowhere, Work
 
 FIT_SHARE = 0.5
@@ -261,7 +261,7 @@ class _Job:
         criterion = settings.criterion
         pricing = Pricing(criterion.name, criterion.temperature, criterion.draws, settings.rank, settings.gamma, settings.rounds)
         provenance = Provenance(
-            hesper.__version__,
+            __version__,
             torch.__version__,
             version("timm"),
             settings.seed,
