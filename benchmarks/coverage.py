@@ -33,8 +33,9 @@ from hesper.measure.evaluate import Evaluation, dense_logits, evaluate
 from hesper.plan import Budget, Plan, plan_hash
 from hesper.runs import open_run
 
-STEPS_BELOW, STEPS_ABOVE = 20, 6  # quarter powers of two around the run's own dial
-BUDGETS = [Budget(kind, value, c) for kind, value in (("disagreement", 0.05), ("disagreement", 0.1), ("loss", 0.03)) for c in (0.8, 0.95)]
+STEPS_BELOW, STEPS_ABOVE = 20, 14  # quarter powers of two around the run's own dial; the last must break every budget in every sample
+ASKED = (("disagreement", 0.05), ("disagreement", 0.1), ("loss", 0.03), ("macs", 0.66))
+BUDGETS = [Budget(kind, value, confidence) for kind, value in ASKED for confidence in (0.8, 0.95)]
 SAMPLES = (200, 500)
 
 
@@ -52,8 +53,18 @@ class Population:
         """The dial on the grid that is nearest."""
         return int(np.abs(np.log(self.dials) - math.log(dial)).argmin())
 
+    def macs_at(self, dial: float) -> NDArray[np.float64]:
+        """MACs of every image, between two dials of the grid in proportion: a ladder of MACs is finer than the grid."""
+        x, last = np.log(self.dials), len(self.dials) - 1
+        low = min(max(int(np.searchsorted(x, math.log(dial))) - 1, 0), last - 1)
+        share = min(max((math.log(dial) - x[low]) / (x[low + 1] - x[low]), 0.0), 1.0)
+        between: NDArray[np.float64] = (1 - share) * self.macs[low] + share * self.macs[low + 1]
+        return between
+
     def risk(self, budget: Budget, dial: float) -> float:
         """The truth at a dial."""
+        if budget.kind == "macs":
+            return float(self.macs_at(dial).mean()) / self.macs_dense
         at = self.place(dial)
         return float(self.drift[at].mean()) if budget.kind == "loss" else 1 - float(self.agreement[at].mean())
 
@@ -64,7 +75,8 @@ class Population:
             assert plan.dial is not None
             at = self.place(plan.dial)
             nothing = np.ones((len(sample), 1), dtype=np.int64)
-            columns = (self.drift[at, sample], self.agreement[at, sample], self.macs[at, sample], nothing, self.macs_dense)
+            macs = self.macs_at(plan.dial)[sample]
+            columns = (self.drift[at, sample], self.agreement[at, sample], macs, nothing, self.macs_dense)
             return Evaluation(*columns, None, None, None, None, None, 0.0)
 
         return measured
@@ -123,7 +135,7 @@ def coverage(population: Population, plan: Plan, budget: Budget, n: int, splits:
             continue  # no promise was made
         found += 1
         broken += population.risk(budget, chosen.dial) > budget.value
-        kept += float(population.macs[population.place(chosen.dial)].mean()) / population.macs_dense
+        kept += float(population.macs_at(chosen.dial).mean()) / population.macs_dense
     return {"splits": splits, "promises": found, "broken": broken, "macs": kept / max(found, 1)}
 
 
