@@ -75,7 +75,7 @@ def test_loss_is_never_over_and_more_budget_never_buys_a_milder_plan(value, seed
 def test_disagreement_is_proven_not_just_observed():
     chosen = pick(Budget("disagreement", 0.05, 0.95), n=400)
     assert 1 - chosen.measured.agreement.mean < 0.05
-    assert "Hoeffding-Bentkus" in chosen.measured.statement
+    assert "exact binomial" in chosen.measured.statement
 
 
 def test_the_family_of_less_drift_wins():

@@ -350,13 +350,14 @@ class _Verdict:
 def _verdict(budget: Budget, evaluation: Evaluation) -> _Verdict:
     limit, confidence, n = budget.value, budget.confidence, evaluation.n
     if budget.kind == "disagreement":
-        rate = 1 - float(evaluation.agreement.mean())
-        p = disagreement_p_value(rate, n, limit)
+        changed = n - int(evaluation.agreement.sum())
+        p = disagreement_p_value(changed, n, limit)
         statement = (
             f"Changes at most {limit:g} of the top-1 decisions with confidence {confidence:g} "
-            f"(Hoeffding-Bentkus, distribution-free, p = {p:.3g}, measured {rate:.4f} on {n} images)."
+            f"(exact binomial test, distribution-free, p = {p:.3g}, measured {changed} of {n} images)."
         )
-        return _Verdict(p <= 1 - confidence, statement, f"{rate:.4f} of the decisions changed", provable_disagreement(rate, n, confidence))
+        provable = provable_disagreement(changed, n, confidence)
+        return _Verdict(p <= 1 - confidence, statement, f"{changed} decisions changed", provable)
     mean = evaluation.kept_macs if budget.kind == "macs" else estimate(evaluation.drift_kl)
     values = evaluation.macs if budget.kind == "macs" else evaluation.drift_kl
     bound = mean_upper_bound(mean.mean, mean.stderr, n, confidence, skewness(values))

@@ -10,23 +10,20 @@ from numpy.typing import NDArray
 from scipy import stats
 
 
-def disagreement_p_value(rate: float, n: int, limit: float) -> float:
-    """Hoeffding-Bentkus p-value of "the true rate exceeds ``limit``" when ``n`` images showed ``rate``.
+def disagreement_p_value(changed: int, n: int, limit: float) -> float:
+    """Exact p-value of "the true rate exceeds ``limit``" when of ``n`` images ``changed`` got another class.
 
-        p = min( exp(-n KL(min(rate, limit) || limit)),  e P[Binomial(n, limit) <= ceil(n rate)] )
+        p = P[Binomial(n, limit) <= changed]
 
-    Valid for any distribution of a risk in [0, 1]. Angelopoulos et al., "Learn then Test", arXiv 2110.01052, section 3.1;
-    Bentkus (2004).
+    A decision changes or it does not, so for independent images this holds for any distribution, and no valid threshold on the count
+    accepts more. Hoeffding-Bentkus (Angelopoulos et al., "Learn then Test", arXiv 2110.01052, section 3.1), min(exp(-n KL(changed / n ||
+    limit)), e p), which is also valid for graded losses, is never below it.
 
     Example:
-        >>> disagreement_p_value(0.0, 100, 0.05) < 0.05 < disagreement_p_value(0.0, 20, 0.05)
+        >>> disagreement_p_value(0, 100, 0.05) < 0.05 < disagreement_p_value(0, 20, 0.05)
         True
     """
-    low = min(rate, limit)
-    hoeffding = math.exp(-n * _binary_divergence(low, limit))
-    # The mean of n zero-one losses is a count over n; rounding keeps 3 / 7 * 7 from becoming 4.
-    bentkus = math.e * float(stats.binom.cdf(math.ceil(round(n * rate, 9)), n, limit))
-    return min(1.0, hoeffding, bentkus)
+    return float(stats.binom.cdf(changed, n, limit))
 
 
 def images_needed(limit: float, confidence: float) -> int:
@@ -39,18 +36,16 @@ def images_needed(limit: float, confidence: float) -> int:
     return math.ceil(min(math.log1p(-confidence) / math.log1p(-limit), 1e18))
 
 
-def provable_disagreement(rate: float, n: int, confidence: float) -> float:
-    """The smallest limit that ``n`` images showing ``rate`` prove with ``confidence``, by bisection of the p-value.
+def provable_disagreement(changed: int, n: int, confidence: float) -> float:
+    """The smallest limit that ``n`` images of which ``changed`` got another class prove with ``confidence``.
+
+    Clopper and Pearson (1934), "The use of confidence or fiducial limits", Biometrika 26.
 
     Example:
-        >>> round(provable_disagreement(0.0, 59, 0.95), 3)
+        >>> round(provable_disagreement(0, 59, 0.95), 3)
         0.05
     """
-    low, high = rate, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if disagreement_p_value(rate, n, middle) <= 1 - confidence else (middle, high)
-    return high
+    return float(stats.beta.ppf(confidence, changed + 1, n - changed)) if changed < n else 1.0
 
 
 def mean_upper_bound(mean: float, stderr: float, n: int, confidence: float, skewness: float = 0.0) -> float:
@@ -90,11 +85,3 @@ def skewness(values: NDArray[np.number[Any]]) -> float:
     mean = float(own.mean())
     spread = float(own.std())
     return float((((own - mean) / spread) ** 3).mean()) if spread > 1e-12 * abs(mean) else 0.0
-
-
-def _binary_divergence(a: float, b: float) -> float:
-    """KL divergence of two Bernoulli distributions, in nats."""
-    if b in (0.0, 1.0):
-        return 0.0 if a == b else math.inf
-    first = a * math.log(a / b) if a > 0 else 0.0
-    return first + ((1 - a) * math.log((1 - a) / (1 - b)) if a < 1 else 0.0)
