@@ -25,7 +25,7 @@ from hesper.heart.prune import prune as prune_model
 from hesper.hosts import open_host
 from hesper.hosts.open import HF, OpenModel, check_rebuildable, open_model, rebuild, wrap
 from hesper.measure.evaluate import Evaluation, join, measure
-from hesper.parallel import leads, team
+from hesper.parallel import jointly, leads, team
 from hesper.plan import Plan, dumps, empty_plan
 from hesper.runs import (
     MODEL,
@@ -105,15 +105,12 @@ def prune(
     images = _images(calib, opened, class_map, settings.criterion.needs_labels)
     # Opened before the work begins, so that a wrong folder is found out now and not at the end.
     judged = None if data is None else _images(data, opened, class_map, labelled)
-    with work_beside(
-        out, _request(opened, images, settings, device), rank=crew.rank, size=crew.size, meet=lambda: crew.first(None), note=note
-    ) as work:
+    with work_beside(out, _request(opened, images, settings, device), team=crew, note=note) as work:
         moved = dataclasses.replace(images, device=device)
         pruned = prune_model(_on(opened, device), moved, settings, progress, crew, work)
         cut = pruned.model.cpu()
-        if crew.rank == 0:
-            _write_run(out, opened, images, pruned, asked)
-        crew.first(None)  # nobody goes on before the run is there
+        # Nobody goes on before the run is there.
+        jointly(crew, lambda: _write_run(out, opened, images, pruned, asked) if crew.rank == 0 else None)
     if judged is not None:
         with once_written(f"the run {out} is complete but for its evaluation, which 'hesper eval {out} --data {data}' makes"):
             result, skipped = _compare(opened, cut, judged, settings.batch_size, device, progress)
@@ -248,7 +245,7 @@ def _compare(
 
     crew = team()
     loader = batches(dataclasses.replace(images, device=device), batch_size, share=(crew.rank, crew.size))
-    share = measure(cut.to(device), _on(opened, device).host.module, loader, step)
+    share = jointly(crew, lambda: measure(cut.to(device), _on(opened, device).host.module, loader, step))
     skipped = tuple(sorted({skip for skips in crew.every(loader.skipped) for skip in skips}, key=lambda skip: skip.file))
     if len(skipped) == len(images):
         require_readable(images, skipped)

@@ -11,15 +11,15 @@ import datetime
 import functools
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from hesper.errors import Interrupted, UsageError
+from hesper.errors import HesperError, Interrupted, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TIMEOUT", "Alone", "Team", "leads", "team"]
+__all__ = ["TIMEOUT", "Alone", "Team", "jointly", "leads", "team"]
 
 TIMEOUT = "HESPER_TIMEOUT"
 _SECONDS = 1800.0  # one process may still be at work on its share while the others wait
@@ -113,9 +113,30 @@ class _Gang:
         try:
             yield
         except RuntimeError as error:
-            raise Interrupted(
-                f"one of the {self.size} processes died or fell silent; run the same command again (what prune has finished is kept)"
-            ) from error
+            raise Interrupted(f"one of the {self.size} processes died or fell silent; run the same command again") from error
+
+
+def jointly(team: Team, task: Callable[[], T]) -> T:
+    """What ``task`` gives in this process; where it fails in one of them, all raise the first one's error.
+
+    A process that went on alone would wait for the one that failed, and take it for dead.
+
+    Example:
+        >>> jointly(Alone(), lambda: 3)
+        3
+    """
+    found: list[T] = []
+    failure: Exception | None = None
+    try:
+        found.append(task())
+    except Interrupted:  # its process ends here, and the others find it gone
+        raise
+    except (HesperError, OSError, MemoryError) as error:
+        failure = error
+    for each in team.every(failure):
+        if each is not None:
+            raise each
+    return found[0]
 
 
 def leads() -> bool:

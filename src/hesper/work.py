@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from safetensors import SafetensorError
 
 from hesper.errors import HesperError, Interrupted, UsageError
+from hesper.parallel import Alone, Team, jointly
 from hesper.runs import write_bytes, write_text
 
 if sys.platform != "win32":
@@ -125,46 +126,50 @@ def work_beside(
     out: str | Path,
     request: Mapping[str, Any],
     *,
-    rank: int = 0,
-    size: int = 1,
-    meet: Callable[[], object] = lambda: None,
+    team: Team | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Iterator[Work]:
     """The work folder of the result ``out``, with what an earlier process kept for the same ``request`` (names to plain values).
 
     It is removed when the job is done, or fails in a way that trying again would not mend; it stays when the job is stopped. Work
-    for another request is removed, and ``note`` is told. Of several processes rank 0 takes the folder and removes it; ``meet``
-    brings them together in between. UsageError when ``out`` exists or cannot be written, or is being made by
-    another process; Interrupted in place of KeyboardInterrupt where something is kept.
+    for another request is removed, and ``note`` is told. Of the processes of a ``team`` that of rank 0 takes the folder and removes it.
+    UsageError when ``out`` exists or cannot be written, or is being made by another process; Interrupted in place of
+    KeyboardInterrupt where something is kept.
     """
+    team = team or Alone()
     target = Path(os.path.abspath(out))
     if os.path.lexists(target):
         raise UsageError(f"{out} exists already; give --out a new folder or remove the old one")
     path = target.with_name(f".{target.name}.work")
-    if rank != 0:
-        meet()  # the folder is rank 0's to take: what is in it may be another job's until then
-    made = _make(path)
-    with _locked(path / "lock", rank, out):
-        if rank == 0:
-            meet()
-        work = _Folder(path, f"{rank}of{size}")
-        if rank == 0:  # a process killed while it wrote the result left this
+    with contextlib.ExitStack() as held:
+        # The folder is rank 0's to take: what is in it may be another job's until then.
+        made = jointly(team, lambda: _taken(path, out, held) if team.rank == 0 else [])
+        jointly(team, lambda: _make(path))  # elsewhere than on rank 0's machine it may not be there
+        work = _Folder(path, f"{team.rank}of{team.size}")
+        if team.rank == 0:  # a process killed while it wrote the result left this
             for partial in target.parent.glob(f".{target.name}.*.partial"):
                 shutil.rmtree(partial, ignore_errors=True)
         try:
-            _begin(work, request, note or (lambda text: None))
+            jointly(team, lambda: _begin(work, request, note or (lambda text: None)))
             yield work
         except BaseException as error:
-            # Trying again would not mend these; on a full disk, what is kept may be what fills it.
-            if rank != 0:
-                pass  # the others may still keep something
-            elif not work.kept() or (isinstance(error, (HesperError, OSError)) and not isinstance(error, Interrupted)):
+            stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+            if stopped and work.kept():
+                what = str(error) if isinstance(error, Interrupted) else "interrupted; run the same command again"
+                raise Interrupted(f"{what}, and it goes on with what {path.name} keeps") from error
+            # Trying again would not mend other errors that are understood; on a full disk, what is kept may be what fills it.
+            if team.rank == 0 and (not work.kept() or isinstance(error, (HesperError, OSError))):
                 _remove(path, made)
-            elif isinstance(error, KeyboardInterrupt):
-                raise Interrupted(f"interrupted; run the same command again, and it goes on with what {path.name} keeps") from error
             raise
-        if rank == 0:
+        if team.rank == 0:
             _remove(path, [])
+
+
+def _taken(path: Path, out: str | Path, held: contextlib.ExitStack) -> list[Path]:
+    """Take the folder as long as ``held`` is open; gives the folders that were made for it."""
+    made = _make(path)
+    held.enter_context(_locked(path / "lock", out))
+    return made
 
 
 def _begin(work: _Folder, request: Mapping[str, Any], note: Callable[[str], None]) -> None:
@@ -218,9 +223,9 @@ def _remove(path: Path, made: list[Path]) -> None:
 
 
 @contextlib.contextmanager
-def _locked(file: Path, rank: int, out: str | Path) -> Iterator[None]:
+def _locked(file: Path, out: str | Path) -> Iterator[None]:
     # The lock goes with its process, however that ends; only one process of a team takes it.
-    if rank != 0 or sys.platform == "win32":
+    if sys.platform == "win32":
         yield
         return
     handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)

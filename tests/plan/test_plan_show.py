@@ -41,8 +41,10 @@ def test_what_was_not_measured_is_said() -> None:
 def test_what_was_tried_and_declined_is_said() -> None:
     assert PLAN.pricing is not None
     plan = dataclasses.replace(PLAN, pricing=dataclasses.replace(PLAN.pricing, refit=False, refine=3))
-    text = render(plan, {"refit": "drifts more", "refine": "never shown"})
+    why = "drifts more than it did before, which is why what was fitted again and measured is not in the plan"
+    text = render(plan, {"refit": why, "refine": "never shown"})
     assert "refitted  no: drifts more" in text and "in 3 epochs" in text and "never shown" not in text
+    assert "measured is not in the plan" in text and max(map(len, text.splitlines())) <= 80
 
 
 def test_bars_are_relative_to_the_largest_cut_of_their_kind() -> None:

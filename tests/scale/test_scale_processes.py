@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from cli_helpers import NAME, hesper, sentence, write_images
+from cli_helpers import CLASSES, NAME, hesper, sentence, write_images, write_weights
 from hesper.runs import MODEL, RunFolder, open_run
 from refining import FEW
 
@@ -150,8 +152,13 @@ def test_an_interrupted_job_keeps_its_work_and_another_request_does_not_use_it(
     out, work = tmp_path / "run", tmp_path / ".run.work"
     process = start(processes, [*HESPER, *words(out)])
     wait_for(work, "fit.*.safetensors", process)
+    process.send_signal(signal.SIGSTOP)  # it must not finish meanwhile
     said = sentence(hesper(*words(out)), 2)
     assert "another process is making" in said
+    both = start_two(processes, [*HESPER, *words(out)])
+    heard = "".join(each.communicate(timeout=LONG)[1] for each in both)
+    assert [each.returncode for each in both] == [2, 2] and heard.count("another process is making") == 1 and "died" not in heard
+    process.send_signal(signal.SIGCONT)
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=LONG)
     assert process.returncode == 1 and stdout == ""
@@ -216,6 +223,27 @@ def test_processes_add_agree_speak_once_and_count_a_silent_one_as_dead(processes
     found = [stdout.splitlines(), second.communicate()[0].splitlines()]
     assert [lines[0] for lines in found] == ["[3.0, 10.0] [0, 1] 0 True"] * 2
     assert sorted(lines[1] for lines in found) == ["False", "True"]
+
+
+def test_what_fails_in_one_process_is_said_once_and_ends_them_all(tmp_path: Path, processes: list[subprocess.Popen[str]]) -> None:
+    def enlarge(state: dict[str, torch.Tensor]) -> None:
+        # So large that patches of noise overflow, and grey ones, which are nearly zero, do not.
+        state["patch_embed.proj.weight"] *= 1e21
+        for name in ("patch_embed.proj.bias", "cls_token", "pos_embed"):
+            state[name] *= 0
+
+    weights, calib = write_weights(tmp_path / "large.safetensors", enlarge), tmp_path / "calib"
+    for number in range(40):
+        image = Image.new("RGB", (24, 24), (128, 128, 128)) if number != 4 else Image.effect_noise((24, 24), 90).convert("RGB")
+        image.putpixel((number % 24, number // 24), (129, 129, 129))  # no two alike: what is fitted does not verify
+        folder = calib / CLASSES[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{number:02}.png")
+    for words in (["eval", NAME, "--data", calib], ["prune", NAME, "--calib", calib, *SETTINGS, "--out", tmp_path / "run"]):
+        both = start_two(processes, [*HESPER, *map(str, words), "--weights", str(weights), "--batch-size", "4"])
+        heard = [line for each in both for line in each.communicate(timeout=LONG)[1].splitlines() if line.startswith("hesper: ")]
+        assert [each.returncode for each in both] == [1, 1] and len(heard) == 1 and "not finite" in heard[0], heard
+    assert not [path.name for path in tmp_path.iterdir() if "run" in path.name]
 
 
 def test_finished_processes_end_in_order_also_where_the_caller_has_disconnected_them(processes: list[subprocess.Popen[str]]) -> None:

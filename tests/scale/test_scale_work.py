@@ -96,6 +96,12 @@ def test_stored_logits_are_those_of_the_model_and_are_not_made_twice(tmp_path: P
             assert torch.equal(again[index], made[index]) and torch.equal(again[index], model(batch.images).detach())
 
 
+class FirstOfTwo(Alone):
+    """A team whose other process never disagrees."""
+
+    size = 2
+
+
 def keep(out: Path, request: Mapping[str, Any], error: BaseException, notes: list[str] | None = None) -> None:
     with work_beside(out, request, note=None if notes is None else notes.append) as work:
         assert work.load("thing") is None
@@ -126,7 +132,7 @@ def test_work_of_another_number_of_processes_is_not_used(tmp_path: Path) -> None
     with pytest.raises(Interrupted):
         keep(tmp_path / "run", REQUEST, KeyboardInterrupt())
     notes: list[str] = []
-    with work_beside(tmp_path / "run", REQUEST, rank=0, size=2, note=notes.append) as work:
+    with work_beside(tmp_path / "run", REQUEST, team=FirstOfTwo(), note=notes.append) as work:
         assert work.load("thing") is None
     assert notes == ["What .run.work keeps is of another request (number of processes) and is not used."]
 
@@ -208,34 +214,61 @@ def test_what_one_process_cannot_measure_none_of_them_goes_on_with(images: Image
         run.evaluate("tune", "Measure", blank, seen, ())
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_a_step_of_refining_takes_the_same_images_in_any_number_of_processes(images: ImageSet, size: int, monkeypatch: Any) -> None:
-    steps: dict[int, list[str]] = {}
+REFINED = (0, 1, 2, 3, 4, 5, 6, 8, 9)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[str]]:
+    """The images of every step of refining, by all processes."""
+    found: dict[int, list[str]] = {}
 
     class Recorded:
         def __init__(self, module: Any, plan: Any, tables: Any, steps: int, seed: int, team: Any) -> None:
             self.done, self.wanted = torch.zeros(()), steps
 
-        def add(self, batch: LoadedBatch) -> None:
-            steps.setdefault(int(self.done), []).extend(batch.files)
+        def add(self, batch: LoadedBatch | None) -> None:
+            found.setdefault(int(self.done), []).extend(() if batch is None else batch.files)
             self.done += 1
 
         def tensors(self) -> dict[str, Tensor]:
-            return {}
+            return {"done": self.done}
+
+        def go_on(self, kept: dict[str, Tensor]) -> None:
+            self.done.copy_(kept["done"])
 
         def tables(self) -> int:
             assert self.done == self.wanted
             return 0
 
     monkeypatch.setattr("hesper.heart.passes.Refinement", Recorded)
+    return found
+
+
+def refined(images: ImageSet, crew: Alone) -> None:
     plan = empty_plan("test_vit", tiny_host("plain").anatomy)
+    passes = Passes(images, 5, crew, KeptNowhere(), lambda stage, done, total: None)
+    passes.refined(torch.nn.Identity(), plan, Tables({}, ()), REFINED, epochs=3, seed=7)
+
+
+def in_order(images: ImageSet) -> list[str]:
+    """The images that refining sees, epoch after epoch."""
+    generator = torch.Generator().manual_seed(7)
+    return [images.files[REFINED[place]] for _ in range(3) for place in torch.randperm(len(REFINED), generator=generator).tolist()]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7])
+def test_a_step_of_refining_takes_the_same_images_in_any_number_of_processes(
+    images: ImageSet, size: int, steps: dict[int, list[str]]
+) -> None:
     for rank in range(size):
         crew = Alone()
         crew.rank, crew.size = rank, size
-        Passes(images, 5, crew, KeptNowhere(), lambda stage, done, total: None).refined(
-            torch.nn.Identity(), plan, Tables({}, ()), (0, 1, 2, 3, 4, 5, 6, 8, 9), epochs=3, seed=7
-        )
-    generator, order = torch.Generator().manual_seed(7), list[str]()
-    for _ in range(3):
-        order += [images.files[(0, 1, 2, 3, 4, 5, 6, 8, 9)[place]] for place in torch.randperm(9, generator=generator).tolist()]
+        refined(images, crew)
+    order = in_order(images)
     assert {step: sorted(found) for step, found in steps.items()} == {step: sorted(order[5 * step : 5 * step + 5]) for step in range(5)}
+
+
+def test_refining_goes_on_where_the_furthest_process_has_got_to(images: ImageSet, steps: dict[int, list[str]]) -> None:
+    refined(images, Two(Kept({"done": np.float32(3)}, {"next": 3})))
+    order = in_order(images)
+    assert steps == {step: order[5 * step : 5 * step + 5 : 2] for step in (3, 4)}

@@ -111,7 +111,7 @@ def table(figures: Mapping[str, float | int | None]) -> str:
         ("MACs kept", _share(figures["macs_ratio"]), f"{_millions(figures['macs_mean'])} of {dense}, from {least} to {most}"),
         ("time", f"{figures['seconds']:.2f} s", "the cut model alone"),
     ]
-    return "\n".join(f"{name:<11}{value:<14}{note}".rstrip() for name, value, note in rows)
+    return "\n".join(f"{name:<11}{value:<16}{note}".rstrip() for name, value, note in rows)
 
 
 def _share(value: float | None) -> str:

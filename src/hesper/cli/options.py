@@ -82,7 +82,9 @@ def as_json(values: Mapping[str, Any]) -> str:
 
 def declined(run: RunFolder) -> dict[str, str]:
     """Why what might have improved the run is not in it, by name."""
-    attempts = run.entries[0].results["improvements"]
+    attempts = run.entries[0].results.get("improvements")
+    if not isinstance(attempts, dict):  # the record is a text file, and people edit those
+        return {}
     return {name: attempt["why"] for name, attempt in attempts.items() if not attempt["taken"] and attempt["why"] != "not asked for"}
 
 

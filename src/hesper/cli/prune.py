@@ -177,7 +177,7 @@ def summary(run: RunFolder) -> dict[str, Any]:
         "expected_loss": None if expected is None else expected.mean,
         "heads_removed": sum(len(cut.remove) for cut in run.plan.heads),
         "blocks_gated": len(run.plan.gates),
-        "improvements": first.results["improvements"],
+        "improvements": first.results.get("improvements"),
         "skipped": sum(len(entry.results["skipped"]) for entry in run.entries),
         "seconds": first.results["seconds"],
         "data": later[0].results["evaluation"] if later else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, overload
 
@@ -13,13 +14,12 @@ from torch import Tensor, nn
 
 from hesper.curvature import Batch
 from hesper.data import ImageSet, LoadedBatch, Skipped, batches, require_readable
-from hesper.errors import Interrupted, JobError
 from hesper.graft import GraftedViT
 from hesper.heart.fit import Tables
 from hesper.heart.refine import Refinement
 from hesper.heart.refit import RefitSums
 from hesper.measure.evaluate import Evaluation, Share, join, measure
-from hesper.parallel import Team
+from hesper.parallel import Team, jointly
 from hesper.plan import Plan
 from hesper.work import Kept, Pace, Work
 
@@ -62,6 +62,13 @@ class Passes:
 
     def accumulate(self, name: str, stage: str, indices: Sequence[int], sums: Sums, size: int | None = None) -> None:
         """Add all images to ``sums``, going on with what is kept under ``name``; afterwards every process has the whole sums."""
+        tensors = sums.tensors()
+        jointly(self.team, lambda: self._add(name, stage, indices, sums, size))
+        self.team.sum(tensors.values())
+        self._pool(indices)
+
+    def _add(self, name: str, stage: str, indices: Sequence[int], sums: Sums, size: int | None) -> None:
+        """Add this process's images to ``sums``, going on with what is kept under ``name``."""
         tensors, start, pace = sums.tensors(), 0, Pace()
         if (kept := self.work.load(name)) is not None:
             for key, tensor in tensors.items():
@@ -75,50 +82,28 @@ class Passes:
                 with pace.keeping():
                     self._keep(name, {key: tensor.numpy() for key, tensor in tensors.items()}, next=start)
         self._keep(name, {key: tensor.numpy() for key, tensor in tensors.items()}, next=len(indices))
-        self.team.sum(tensors.values())
-        self._pool(indices)
 
     def dense(self, name: str, stage: str, module: nn.Module, indices: Sequence[int]) -> StoredLogits:
-        """The dense model's logits on this process's batches."""
+        """The dense model's logits on this process's batches, kept under ``name``."""
         kept = self.work.load(name)
-        if kept is not None:
-            self._note([Skipped(*skip) for skip in kept.notes["skipped"]])
-            ends, shape, dtype = kept.notes["ends"], tuple(kept.notes["shape"]), kept.notes["dtype"]
-            rows = self.work.rows(name, shape, dtype, new=False)
-        else:
-            ends, rows = self._dense(name, self.batches(stage, indices), module, self._most(indices))
-            if isinstance(rows, np.memmap):
-                rows.flush()  # before they are called finished
-            self._keep(name, {}, ends=ends, shape=list(rows.shape), dtype=str(rows.dtype))
+        logits = jointly(self.team, lambda: self._dense(name, stage, module, indices) if kept is None else self._stored(name, kept))
         self._pool(indices)
-        return StoredLogits(rows, ends)
+        return logits
 
     def evaluate(self, name: str, stage: str, cut: GraftedViT, dense: StoredLogits, indices: Sequence[int]) -> Evaluation:
         """The evaluation of all images by all processes; kept by what the plan cuts, under ``name``."""
         name = f"{name}-{_identity(cut)}"
-        kept = self.work.load(name)
-        share: Share | JobError
-        if kept is None:
-            share = self._measured(name, cut, dense, self.batches(stage, indices))
-        else:
+        share = jointly(self.team, lambda: self._measured(name, stage, cut, dense, indices))
+        return join(self.team.every(share))
+
+    def _measured(self, name: str, stage: str, cut: GraftedViT, dense: StoredLogits, indices: Sequence[int]) -> Share:
+        """This process's share, kept under ``name``."""
+        if (kept := self.work.load(name)) is not None:
             columns = {key: array for key, array in kept.arrays.items() if key not in ("tokens", "places")}
             places = kept.arrays["places"]
             files = tuple(self.images.files[indices[place]] for place in places)
-            share = Share(columns, kept.arrays["tokens"], places, files, kept.notes["macs_dense"], kept.notes["seconds"])
-        shares = self.team.every(share)
-        # All of them give up alike: one that went on alone would wait for the others, or speak of another thing.
-        if failed := [each for each in shares if isinstance(each, JobError)]:
-            raise failed[0]
-        return join([each for each in shares if isinstance(each, Share)])
-
-    def _measured(self, name: str, cut: GraftedViT, dense: StoredLogits, seen: Iterator[LoadedBatch]) -> Share | JobError:
-        """This process's share, kept under ``name``, or why it cannot be measured."""
-        try:
-            share = measure(cut, dense, seen)
-        except Interrupted:
-            raise
-        except JobError as error:
-            return error
+            return Share(columns, kept.arrays["tokens"], places, files, kept.notes["macs_dense"], kept.notes["seconds"])
+        share = measure(cut, dense, self.batches(stage, indices))
         arrays = {**share.columns, "tokens": share.tokens, "places": share.places}
         self._keep(name, arrays, macs_dense=share.macs_dense, seconds=share.seconds)
         return share
@@ -133,20 +118,22 @@ class Passes:
 
     def refined(self, module: nn.Module, plan: Plan, tables: Tables, indices: Sequence[int], epochs: int, seed: int) -> Tables:
         """What is learned of merging in so many passes over shuffled images, each process giving its part of every step's."""
-        together = max(min(REFINE_BATCH, self.batch_size), self.team.size)
+        together = min(REFINE_BATCH, self.batch_size)
         generator = torch.Generator().manual_seed(seed)
         order = [indices[place] for _ in range(epochs) for place in torch.randperm(len(indices), generator=generator).tolist()]
         steps = len(order) // together  # whole ones, so that nobody waits for the others in a step that they do not make
-        # The same steps whatever the number of processes, whose parts of one may differ by an image.
+        # The same steps whatever the number of processes, whose parts of one may differ by an image, or be nothing.
         own = [index for step in range(steps) for index in order[step * together : (step + 1) * together][self.team.rank :: self.team.size]]
         part = len(own) // max(steps, 1)
         refinement = Refinement(module, plan, tables, steps, seed, self.team)
         name, pace = f"refined-{_digest(repr((plan.tokens, plan.gates, order)), tables.tensors)}", Pace()
-        starts = self.team.every(0 if (kept := self.work.load(name)) is None else int(kept.notes["next"]))
-        start = starts[0] if len(set(starts)) == 1 else 0
-        if kept is not None and start:
+        # Slopes are summed, so after as many steps all stand at the same place, and each may go on where the furthest has got to.
+        found = [kept for kept in self.team.every(self.work.load(name)) if kept is not None]
+        if kept := max(found, key=lambda kept: int(kept.notes["next"]), default=None):
             refinement.go_on({key: torch.from_numpy(array) for key, array in kept.arrays.items()})
-        for batch in self.batches("Refine merging", own, part, shared=False, start=start * part):
+        start = int(refinement.done)
+        nothing = itertools.repeat(None, steps - start)
+        for batch in self.batches("Refine merging", own, part, shared=False, start=start * part) if part else nothing:
             refinement.add(batch)
             if pace.due():
                 with pace.keeping():
@@ -156,7 +143,8 @@ class Passes:
 
     def column(self, stage: str, indices: Sequence[int], size: int, value: Callable[[Batch], Tensor]) -> NDArray[np.float64]:
         """One number for each image, in order: ``value`` gives them for a batch, ``[images]``."""
-        found = [(batch.places, value(batch).double().cpu().numpy()) for batch in self.batches(stage, indices, size)]
+        seen = self.batches(stage, indices, size)
+        found = jointly(self.team, lambda: [(batch.places, value(batch).double().cpu().numpy()) for batch in seen])
         every = [pair for pairs in self.team.every(found) for pair in pairs]
         order = np.argsort(np.concatenate([places for places, _ in every]), kind="stable")
         column: NDArray[np.float64] = np.concatenate([values for _, values in every])[order]
@@ -166,18 +154,27 @@ class Passes:
         """Those of the images that no pass failed to decode."""
         return tuple(index for index in indices if self.images.files[index] not in self.skipped)
 
-    def _dense(self, name: str, seen: Iterator[LoadedBatch], module: nn.Module, most: int) -> tuple[list[int], NDArray[Any]]:
+    def _stored(self, name: str, kept: Kept) -> StoredLogits:
+        """Logits as they were left."""
+        self._note([Skipped(*skip) for skip in kept.notes["skipped"]])
+        return StoredLogits(self.work.rows(name, tuple(kept.notes["shape"]), kept.notes["dtype"], new=False), kept.notes["ends"])
+
+    def _dense(self, name: str, stage: str, module: nn.Module, indices: Sequence[int]) -> StoredLogits:
+        """Logits of this process's batches, kept under ``name``."""
         ends: list[int] = []
         rows: NDArray[Any] = np.empty((0, 0), np.float32)
-        for batch in seen:
+        for batch in self.batches(stage, indices):
             with torch.inference_mode():
                 logits = module(batch.images).cpu().numpy()
             start = ends[-1] if ends else 0
             if not ends:
-                rows = self.work.rows(name, (most, logits.shape[1]), logits.dtype, new=True)
+                rows = self.work.rows(name, (self._most(indices), logits.shape[1]), logits.dtype, new=True)
             rows[start : start + len(logits)] = logits
             ends.append(start + len(logits))
-        return ends, rows
+        if isinstance(rows, np.memmap):
+            rows.flush()  # before they are called finished
+        self._keep(name, {}, ends=ends, shape=list(rows.shape), dtype=str(rows.dtype))
+        return StoredLogits(rows, ends)
 
     def _most(self, indices: Sequence[int]) -> int:
         """The most images that can be this process's share."""

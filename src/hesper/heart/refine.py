@@ -48,9 +48,13 @@ class Refinement:
         rates = [{"params": [tensor.requires_grad_()], "lr": rate} for tensor, rate in self.learned.values()]
         self._optimiser = torch.optim.Adam(rates) if rates else None
 
-    def add(self, batch: Batch) -> None:
-        """One step on a batch; JobError where the drift is not finite."""
+    def add(self, batch: Batch | None) -> None:
+        """One step on a batch, None where all of its images are other processes'; JobError where the drift is not finite."""
         if self._optimiser is None:
+            return
+        self._optimiser.zero_grad()
+        if batch is None:
+            self._step(0.0, 0)
             return
         draw = torch.Generator().manual_seed((self.seed + int(self.done)) % 2**63)
         where, mirror = torch.rand(2, generator=draw).tolist()
@@ -60,7 +64,6 @@ class Refinement:
         with torch.no_grad():
             dense = self.module(images)
         drift = self._loss.per_image(self.cut(images), batch, dense).sum()
-        self._optimiser.zero_grad()
         if drift.requires_grad:  # else nothing merged in these images
             drift.backward()  # type: ignore[no-untyped-call]
         self._step(float(drift.detach()), len(images))

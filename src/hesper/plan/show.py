@@ -13,7 +13,7 @@ __all__ = ["render"]
 _COLUMNS, _LINES = 80, 40
 _LABEL = 10
 _BAR = 20
-_STATEMENT_LINES = 3
+_STATEMENT_LINES, _WHY_LINES, _MADE_LINES = 3, 2, 2
 _POINTS = 5
 
 
@@ -33,7 +33,7 @@ def _title(plan: Plan) -> list[str]:
     return [
         f"Plan {plan_hash(plan)[:12]} for {plan.model.name} ({plan.model.library})",
         *_labelled("model", shape),
-        *_labelled("made", f"{made.created}, hesper {made.hesper}, torch {made.torch}, timm {made.timm}, seed {made.seed}"),
+        *_labelled("made", f"{made.created}, hesper {made.hesper}, torch {made.torch}, timm {made.timm}, seed {made.seed}", _MADE_LINES),
         *_labelled("data", f"{made.data_sha256[:12]}: {made.fit_images} images to fit, {made.verify_images} to verify"),
     ]
 
@@ -50,7 +50,7 @@ def _asked(plan: Plan, declined: Mapping[str, str]) -> list[str]:
             ("refined", "refine", refined if pricing.refine else None),
         ):
             if text or name in declined:
-                lines += _labelled(label, text or f"no: {declined[name]}")
+                lines += _labelled(label, text or f"no: {declined[name]}", _WHY_LINES)
     if plan.expected_loss is not None:
         lines += _labelled("expected", f"loss {_estimate(plan.expected_loss, ' nats')}")
     return lines
@@ -65,8 +65,7 @@ def _measured(plan: Plan) -> list[str]:
         *_labelled("", f"drift KL   {_estimate(measured.drift_kl, ' nats')}"),
         *_labelled("", f"agreement  {_estimate(measured.agreement)}"),
     ]
-    statement = textwrap.wrap(measured.statement, _COLUMNS - _LABEL, max_lines=_STATEMENT_LINES, placeholder=" ...")
-    lines += [line for part in statement for line in _labelled("", part)]
+    lines += _labelled("", measured.statement, _STATEMENT_LINES)
     if plan.points:
         kept = [point.macs for point in plan.points]
         lines += _labelled("points", f"{len(kept)} measured on the way, kept MACs {min(kept):.3g} to {max(kept):.3g}")
@@ -90,8 +89,9 @@ def _estimate(estimate: Estimate, unit: str = "") -> str:
     return f"{estimate.mean:.4g} +- {estimate.stderr:.2g}{unit} (n = {estimate.n})"
 
 
-def _labelled(label: str, text: str) -> list[str]:
-    return [f"{label:<{_LABEL}}{text}"]
+def _labelled(label: str, text: str, most: int = 1) -> list[str]:
+    parts = [text] if most == 1 else textwrap.wrap(_printable(text), _COLUMNS - _LABEL, max_lines=most, placeholder=" ...")
+    return [f"{label if number == 0 else '':<{_LABEL}}{part}" for number, part in enumerate(parts)]
 
 
 def _table(plan: Plan, room: int) -> list[str]:
