@@ -245,7 +245,8 @@ class GraftedViT(nn.Module):
         """To which power sizes count in the attention of the heads a block has, ``[heads]``; None where it is one for all."""
         if self._plain_sizes and not self.size_exponent.requires_grad:
             return None
-        return self.size_exponent[index, self._heads[index]]
+        own, heads = self.size_exponent[index], self._heads[index]
+        return own if len(heads) == len(own) else own[heads]
 
     def _gate(self, index: int) -> Gate:
         return cast(Gate, self.gates[str(index)])

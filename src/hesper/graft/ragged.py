@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hesper.graft.buckets import side_by_side
+from hesper.graft.lanes import lanes, share_out
 from hesper.graft.layout import Layout
 
 WIDTHS = 8  # fused variable-length kernels take head widths that are multiples of this
@@ -76,17 +77,24 @@ def as_mask(bias: Tensor, like: Tensor) -> Tensor:
 
 
 def per_image(asked: Asked) -> Tensor:
-    """One call per image, on views."""
+    """One call per image, on views; whole images by each thread where there are many."""
     queries = asked.asking.split(asked.query.transpose(0, 1)[None], 2)
     keys, values = (asked.layout.split(t.transpose(0, 1)[None], 2) for t in (asked.key, asked.value))
     biases = [None] * len(keys) if asked.log_size is None else asked.layout.split(per_head(asked.log_size)[None], 1)
-    mixed = [
-        scaled_dot_product_attention(
-            query, key, value, attn_mask=None if bias is None else as_mask(bias, query), scale=asked.scale
-        ).transpose(1, 2)
-        for query, key, value, bias in zip(queries, keys, values, biases, strict=True)
-    ]
-    return torch.cat(mixed, 1)[0].flatten(1)
+
+    def mix(image: int) -> Tensor:
+        bias, query = biases[image], queries[image]
+        mask = None if bias is None else as_mask(bias, query)
+        return scaled_dot_product_attention(query, keys[image], values[image], attn_mask=mask, scale=asked.scale).transpose(1, 2)
+
+    threads = lanes(len(keys)) if asked.asking is asked.layout else 1  # for a few readers an image is no work
+    if threads == 1:
+        return torch.cat([mix(image) for image in range(len(keys))], 1)[0].flatten(1)
+    mixed = asked.value.new_empty(asked.value.shape)
+    places = asked.layout.split(mixed)
+    largest_first = sorted(range(len(keys)), key=lambda image: -asked.layout.counts[image])
+    share_out(lambda image: places[image].copy_(mix(image)[0]), largest_first, threads)
+    return mixed.flatten(1)
 
 
 def bucketed(asked: Asked) -> Tensor:
