@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import hesper.graft.lanes
 import hesper.graft.ragged
 from hesper.graft import graft
-from hesper.graft.lanes import lanes, share_out
+from hesper.graft.lanes import LEAST_PRODUCTS, lanes, share_out
 from vits import cuts_of, learned_tables, pictures, plan_for, tables, vit
 
-THREADS = 3
+THREADS, MANY = 3, LEAST_PRODUCTS
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +39,7 @@ def test_a_batch_gives_what_it_gives_on_one_thread(monkeypatch: pytest.MonkeyPat
         share_out(task, order, threads)
 
     monkeypatch.setattr(hesper.graft.ragged, "share_out", watched)
+    monkeypatch.setattr(hesper.graft.lanes, "LEAST_PRODUCTS", 1)
     with torch.inference_mode():
         together = cut.run(images)
         assert asked and set(asked) == {THREADS} and len(set(together.traffic.fed[:, 1])) > 1
@@ -86,15 +88,16 @@ def test_what_a_task_raises_is_raised() -> None:
 
 
 def test_gradients_autocast_counters_and_small_batches_stay_on_their_thread() -> None:
-    assert lanes(64) == 1  # gradients are on
+    assert lanes(64, MANY) == 1  # gradients are on
     with torch.no_grad():
-        assert lanes(64) == THREADS and lanes(2 * THREADS) == THREADS and lanes(2 * THREADS - 1) == 1
+        assert lanes(64, LEAST_PRODUCTS - 1) == 1
+        assert lanes(64, MANY) == THREADS and lanes(2 * THREADS, MANY) == THREADS and lanes(2 * THREADS - 1, MANY) == 1
         with torch.autocast("cpu", torch.bfloat16):
-            assert lanes(64) == 1
+            assert lanes(64, MANY) == 1
         with FlopCounterMode(display=False):
-            assert lanes(64) == 1
+            assert lanes(64, MANY) == 1
         torch.set_num_threads(1)
-        assert lanes(64) == 1
+        assert lanes(64, MANY) == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -16,20 +16,21 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 LEAST = 2  # images for each thread; with fewer, some threads wait for the last image
+LEAST_PRODUCTS = 16_000_000  # of a batch; handing less than some 50 tokens of ViT-Tiny an image to threads takes longer than it saves
 
 
-def lanes(images: int) -> int:
-    """How many threads should do whole images; 1 where operators had better share themselves out.
+def lanes(images: int, products: int) -> int:
+    """How many threads should do whole images, ``products`` multiplications in all; 1 where operators had better share themselves out.
 
     Gradients, autocast and whoever counts or watches operators belong to a thread and are not passed on to others.
 
     Example:
-        >>> lanes(1)
+        >>> lanes(1, 10**9)
         1
     """
     threads = torch.get_num_threads()
     watched = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or _get_current_dispatch_mode() is not None
-    return 1 if watched or threads < 2 or images < LEAST * threads else threads
+    return 1 if watched or threads < 2 or images < LEAST * threads or products < LEAST_PRODUCTS else threads
 
 
 def share_out(task: Callable[[int], object], images: Iterable[int], threads: int) -> None:

@@ -87,11 +87,12 @@ def per_image(asked: Asked) -> Tensor:
         mask = None if bias is None else as_mask(bias, query)
         return scaled_dot_product_attention(query, keys[image], values[image], attn_mask=mask, scale=asked.scale).transpose(1, 2)
 
-    threads = lanes(len(keys)) if asked.asking is asked.layout else 1  # for a few readers an image is no work
+    pairs = sum(own * other for own, other in zip(asked.asking.counts, asked.layout.counts, strict=True))
+    threads = lanes(len(keys), pairs * asked.query[0].numel())
     if threads == 1:
         return torch.cat([mix(image) for image in range(len(keys))], 1)[0].flatten(1)
-    mixed = asked.value.new_empty(asked.value.shape)
-    places = asked.layout.split(mixed)
+    mixed = asked.value.new_empty(len(asked.query), *asked.value.shape[1:])
+    places = asked.asking.split(mixed)
     largest_first = sorted(range(len(keys)), key=lambda image: -asked.layout.counts[image])
     share_out(lambda image: places[image].copy_(mix(image)[0]), largest_first, threads)
     return mixed.flatten(1)
