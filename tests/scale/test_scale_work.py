@@ -269,6 +269,6 @@ def test_a_step_of_refining_takes_the_same_images_in_any_number_of_processes(
 
 
 def test_refining_goes_on_where_the_furthest_process_has_got_to(images: ImageSet, steps: dict[int, list[str]]) -> None:
-    refined(images, Two(Kept({"done": np.float32(3)}, {"next": 3})))
+    refined(images, Two(Kept({"done": np.array(3, np.float32)}, {"next": 3})))
     order = in_order(images)
     assert steps == {step: order[5 * step : 5 * step + 5 : 2] for step in (3, 4)}
