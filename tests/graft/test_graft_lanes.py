@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
@@ -106,6 +107,7 @@ def test_a_forked_process_makes_threads_of_its_own() -> None:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        signal.alarm(60)  # a child that waits for threads it does not have would wait for ever
         with contextlib.suppress(BaseException):
             share_out(lambda image: os.write(writing, b"."), range(8), THREADS)
         os._exit(0)
