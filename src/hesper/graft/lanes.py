@@ -16,13 +16,13 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 LEAST = 2  # images for each thread; with fewer, some threads wait for the last image
-LEAST_PRODUCTS = 16_000_000  # of a batch; handing less than some 50 tokens of ViT-Tiny an image to threads takes longer than it saves
+LEAST_PRODUCTS = 16_000_000  # of queries with keys, 32 images of 50 tokens of ViT-Tiny; handing over less takes longer than it saves
 
 
 def lanes(images: int, products: int) -> int:
-    """How many threads should do whole images, ``products`` multiplications in all; 1 where operators had better share themselves out.
+    """How many threads should do whole images, ``products`` of queries with keys in all; 1 where operators had better share themselves out.
 
-    Gradients, autocast and whoever counts or watches operators belong to a thread and are not passed on to others.
+    Gradients, autocast and dispatch modes, which count operators, belong to a thread and are not passed on to others.
 
     Example:
         >>> lanes(1, 10**9)
