@@ -2,17 +2,17 @@
 
     python benchmarks/speed.py --data DATA --runs RUN RUN
 
-Dense and pruned models take turns on the same batches; the speed-up is the median over rounds of the ratio of their times, with its
-bootstrap 95 % interval; the MAC ratio counts what ran on exactly these images, deciding included. Also the cost of an empty plan over
-the bare host, and the ceiling: the dense model on so few tokens from the first block on that it needs as many MACs as
-the run, with nothing to decide. Let nothing else run meanwhile. Takes about twelve minutes for six runs on two cores.
+The dense model, an empty plan and every run of that model take turns on the same batches, and so does each run's ceiling: the dense
+model on so few tokens from the first block on that it needs as many MACs as the run, with nothing to decide. A speed-up is the
+median over rounds of the ratio of two times, with its bootstrap 95 % interval; the MAC ratio counts what ran on exactly these images,
+deciding included. Let nothing else run meanwhile. Takes about ten minutes for four runs on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,9 @@ import hesper
 from hesper.cost import block_macs, dense_macs, fixed_macs
 from hesper.data import batches
 from hesper.graft import GraftedViT, graft
+from hesper.hosts import Host
 from hesper.hosts.open import OpenModel
-from hesper.measure.timing import Comparison, compare
+from hesper.measure.timing import Turns, take_turns
 from hesper.plan import empty_plan
 from hesper.runs import environment, open_run
 
@@ -49,9 +50,9 @@ def kept(cut: GraftedViT, inputs: list[torch.Tensor]) -> float:
         return float(np.concatenate([cut.run(images).macs for images in inputs]).mean()) / cut.dense_macs
 
 
-def shortened(model: OpenModel, share: float) -> tuple[nn.Module, float]:
+def shortened(host: Host, share: float) -> tuple[nn.Module, float]:
     """The dense model on its first tokens alone, as many as ``share`` of its MACs allow, and the share that is."""
-    host, anatomy = model.host, model.ref.anatomy
+    anatomy = host.anatomy
 
     def macs(tokens: int) -> float:
         count = np.array([tokens])
@@ -68,12 +69,29 @@ def shortened(model: OpenModel, share: float) -> tuple[nn.Module, float]:
     return Shortened(), macs(tokens)
 
 
-def line(name: str, share: float, found: Comparison) -> str:
-    goal = found.ratio * share
+def line(turns: Turns, against: str, name: str, share: float) -> str:
+    found = turns.compare(against, name)
     return (
         f"{name:44} MACs {share:.3f}  speed-up {found.ratio:.3f} [{found.low:.3f}, {found.high:.3f}]  "
-        f"x MACs = {goal:.3f} [{found.low * share:.3f}, {found.high * share:.3f}]  dense {1000 * found.seconds[0]:.1f} ms"
+        f"x MACs = {found.ratio * share:.3f} [{found.low * share:.3f}, {found.high * share:.3f}]  {1000 * found.seconds[1]:.1f} ms"
     )
+
+
+def measure(model: OpenModel, runs: Mapping[str, GraftedViT], inputs: list[torch.Tensor], rounds: int) -> None:
+    """Everything of one model in turns, printed line by line."""
+    dense = model.host.module
+    jobs = {"dense": job(dense, inputs), "empty plan": job(graft(dense, empty_plan(model.ref.name, model.ref.anatomy)), inputs)}
+    shares = {"empty plan": 1.0}
+    for name, cut in runs.items():
+        fewer, own = shortened(model.host, share := kept(cut, inputs))
+        jobs |= {name: job(cut, inputs), f"{name}, ceiling": job(fewer, inputs)}
+        shares |= {name: share, f"{name}, ceiling": own}
+    turns = take_turns(jobs, rounds=rounds, warmup=2)
+    for name, share in shares.items():
+        say("  " + line(turns, "dense", name, share))
+    for name in runs:
+        found = turns.compare(f"{name}, ceiling", name)
+        say(f"  {name}: {found.ratio:.3f} [{found.low:.3f}, {found.high:.3f}] of its ceiling")
 
 
 def main() -> None:
@@ -81,30 +99,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, nargs="+", default=[])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--rounds", type=int, default=25)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     say(json.dumps(environment()))
     place = Place(options.data)
     for key in MODELS:
         model = place.model(key)
+        runs = {run.name: hesper.load(run) for run in options.runs if open_run(run).plan.model.name == model.ref.name}
         images = place.images("val", model)
         large = [next(iter(batches(images, LARGE, indices=range(start, len(images), 3)))).images for start in range(2)]
         singles = [image[None] for image in large[0][:SINGLES]]
-        dense = model.host.module
-        empty = graft(dense, empty_plan(model.ref.name, model.ref.anatomy))
-        for name, inputs in (("batch 32", large), ("batch 1", singles)):
-            say(line(f"{key}, empty plan, {name}", 1.0, compare(job(dense, inputs), job(empty, inputs), rounds=options.rounds, warmup=2)))
-        for run in options.runs:
-            if open_run(run).plan.model.name != model.ref.name:
-                continue
-            cut = hesper.load(run)
-            for name, inputs in (("batch 32", large), ("batch 1", singles)):
-                found = compare(job(dense, inputs), job(cut, inputs), rounds=options.rounds, warmup=2)
-                say(line(f"{key}, {run.name}, {name}", share := kept(cut, inputs), found))
-                fewer, own = shortened(model, share)
-                found = compare(job(dense, inputs), job(fewer, inputs), rounds=options.rounds, warmup=2)
-                say(line(f"{key}, {run.name}, {name}, ceiling", own, found))
+        for name, inputs in ((f"{key}, batches of {LARGE}", large), (f"{key}, batches of 1", singles)):
+            say(f"{name}, {options.rounds} rounds")
+            measure(model, runs, inputs, options.rounds)
 
 
 if __name__ == "__main__":

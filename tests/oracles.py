@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from hesper.curvature import CrossEntropy, DenseKL, ImageBatch, Lens, Point, flatten, unflatten
 
@@ -85,3 +86,11 @@ def with_eigenvalues(values: Sequence[float], seed: int = 0) -> Tensor:
     d = len(values)
     q, _ = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
     return q @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ q.T
+
+
+def counted_macs(model: nn.Module, images: Tensor) -> int:
+    """MACs of every matrix product and convolution torch runs: half of the counter's operations."""
+    # Not every torch counts the processor's fused attention, but all count the products it is made of.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(images)
+    return counter.get_total_flops() // 2

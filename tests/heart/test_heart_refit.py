@@ -41,7 +41,7 @@ def test_where_nothing_else_is_cut_it_is_the_dense_fit(kind: str, block: int) ->
     patches = 6 * (again.anatomy.tokens - again.anatomy.prefix_tokens)
     assert float(again.size[block]) == patches
     torch.testing.assert_close(again.moment[block], dense.moment[block], rtol=1e-4, atol=1e-9)
-    torch.testing.assert_close(again.covariance[block], dense.covariance[block], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(again.covariance[block], dense.covariance[block], rtol=1e-4, atol=1e-4)  # sums in single precision
     torch.testing.assert_close(again.routers[block].moments, dense.routers[block].moments, rtol=1e-4, atol=1e-4)
     one, two = again.tables(RANK), dense.tables(RANK)
     for name in ("router.direction", "router.offset", "router.mean_attention"):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from families import FAMILIES, HF, ByHand, family, features_of, logits_of, shots
 from hesper.cost import dense_macs
@@ -19,6 +18,7 @@ from hesper.heart.fit import dense_states
 from hesper.heart.gated import HEAD_GATES, TOKEN_GATES, gated_forward, ones
 from hesper.hosts import open_host
 from hesper.plan import HeadCut, empty_plan
+from oracles import counted_macs
 from vits import cuts_of, plan_for, tables
 
 DOUBLE = torch.float64
@@ -79,13 +79,6 @@ def by_hand(model: Any, image: Tensor, prefix: int, fates: list[dict[int, int | 
         tokens, stands = torch.stack(rows)[None], left
         tokens = parts.fed(index, tokens)
     return tokens, stands
-
-
-def counted(model: nn.Module, images: Tensor) -> int:
-    """MACs of every matrix product and convolution torch runs: half of the counter's operations."""
-    with FlopCounterMode(display=False) as counter:
-        model(images)
-    return counter.get_total_flops() // 2
 
 
 def repeated(tokens: Tensor, stands: list[list[int]]) -> Tensor:
@@ -219,8 +212,8 @@ def test_a_block_without_heads_is_another_with_all_but_attention_in_common(kind:
 def test_the_count_is_what_torch_counts(kind: str) -> None:
     model, images = family(kind).requires_grad_(False), shots(kind, 1)
     cut = grafted(kind, torch.float32, "random", cuts_of("drop", [0, 1, 3], remove=2))
-    assert counted(model, images) == dense_macs(open_host(model).anatomy)
-    assert counted(cut, images) == int(cut.run(images).macs[0]) < dense_macs(open_host(model).anatomy)
+    assert counted_macs(model, images) == dense_macs(open_host(model).anatomy)
+    assert counted_macs(cut, images) == int(cut.run(images).macs[0]) < dense_macs(open_host(model).anatomy)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

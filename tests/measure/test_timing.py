@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hesper.errors import UsageError
-from hesper.measure.timing import compare
+from hesper.measure.timing import compare, take_turns
 
 
 class Bench:
@@ -33,6 +33,18 @@ def test_times_are_those_of_the_clock_without_warm_up_and_in_turns() -> None:
     assert bench.calls == "abab" + "ab" + "ba" + "ab" + "ba"
     assert found.a == (10.0, 11.0, 12.0, 13.0) and found.b == (4.0, 5.0, 6.0, 7.0)
     assert found.seconds == (11.5, 5.5) and found.ratio == (11 / 5 + 12 / 6) / 2
+
+
+def test_several_jobs_take_turns_and_any_two_are_compared() -> None:
+    calls: list[str] = []
+    ticks = iter(range(10**6))
+    jobs = {name: lambda name=name: calls.append(name) for name in "abc"}
+    turns = take_turns(jobs, rounds=3, warmup=1, clock=lambda: 2.0 ** next(ticks))
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
+    # Every look at the clock is twice as late as the one before, so a job takes 4 times as long as the one whose turn was before its own.
+    assert turns.seconds["a"] == (2.0**0, 2.0**10, 2.0**14) and turns.seconds["c"] == (2.0**4, 2.0**8, 2.0**12)
+    found = turns.compare("c", "a")
+    assert found.ratio == 1 / 4 and found.a == turns.seconds["c"] and found.b == turns.seconds["a"]
 
 
 def test_a_ratio_that_never_changes_is_certain_however_the_machine_drifts() -> None:

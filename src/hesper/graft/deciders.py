@@ -133,10 +133,10 @@ class CurvatureMerge(nn.Module):
     def macs(self, entered: Counts, prefix: int) -> Counts:
         """MACs spent on deciding: metric and router for every row, distances of sources to destinations, moving what merged early."""
         width, rank = self.root.shape
-        first: Counts = entered[0]
-        deciding: Counts = first * (width * rank + self.router.macs_per_token) + _pairs(first - prefix) * rank
+        first, pair = entered[0], rank + 2  # a squared distance is one product of so many numbers
+        deciding: Counts = first * (width * rank + self.router.macs_per_token) + _pairs(first - prefix) * pair
         for before, tokens in zip(entered, entered[1:], strict=False):
-            again: Counts = _pairs(tokens - prefix) * rank + (before - tokens) * (rank + 1)
+            again: Counts = _pairs(tokens - prefix) * pair + (before - tokens) * (rank + 1)
             deciding += np.where(tokens < before, again, 0)  # where nothing has merged the prices stay as they are
         return deciding
 

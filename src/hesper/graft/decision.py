@@ -75,7 +75,7 @@ class Decision:
         homes = hit.nonzero()[0]
         member = np.concatenate([self.kept[homes], self.gone])
         group = np.concatenate([np.arange(len(homes)), np.cumsum(hit)[self.to] - 1])
-        return Groups(*_held([homes, member, group], self.device))
+        return Groups(*_held([homes, member, group, self.kept], self.device))
 
     def then(self, later: Decision) -> Decision:
         """Both merges as one, where ``later`` was decided on the rows this one leaves."""
@@ -102,7 +102,7 @@ class Moves:
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """A merge as groups: ``hit`` are those of the kept that receive something, ``member`` the rows that merge, destinations first.
+    """A merge as groups: ``hit`` are those of the ``kept`` that receive something, ``member`` the rows that merge, destinations first.
 
     ``group`` says for each member into which of ``hit`` it goes.
     """
@@ -110,6 +110,7 @@ class Groups:
     hit: Tensor
     member: Tensor
     group: Tensor
+    kept: Tensor
 
 
 def _held(parts: list[Rows], device: torch.device | None) -> list[Tensor]:

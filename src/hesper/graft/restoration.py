@@ -58,12 +58,14 @@ def restored_mean(values: Tensor, size: Tensor, decision: Decision, restoration:
         >>> round(restored_mean(x, one, merge, Restoration(2))[0].norm().item(), 5)
         3.0
     """
-    mean, total = grouped_mean(values, size, decision)
     if restoration is None:
-        return mean, total
+        return grouped_mean(values, size, decision)
     groups = decision.groups
-    own = total.index_select(0, groups.hit)
-    share = size.index_select(0, groups.member) / own.index_select(0, groups.group)  # before summing: half precision ends at 65504
-    lengths = torch.linalg.vector_norm(values.index_select(0, groups.member), dim=1) * share
-    length = torch.zeros_like(own).index_add_(0, groups.group, lengths)
-    return mean.index_copy_(0, groups.hit, restoration(mean.index_select(0, groups.hit), length[:, None])), total
+    mass = size.index_select(0, groups.member)
+    own = torch.zeros_like(mass[: len(groups.hit)]).index_add_(0, groups.group, mass)
+    share = mass / own.index_select(0, groups.group)  # before summing: half precision ends at 65504
+    parts = values.index_select(0, groups.member) * share[:, None]
+    mean = parts.new_zeros(len(own), parts.shape[1]).index_add_(0, groups.group, parts)
+    length = torch.zeros_like(own).index_add_(0, groups.group, torch.linalg.vector_norm(parts, dim=1))
+    rows, sizes = (part.index_select(0, groups.kept) for part in (values, size))
+    return rows.index_copy_(0, groups.hit, restoration(mean, length[:, None])), sizes.index_copy_(0, groups.hit, own)

@@ -43,9 +43,10 @@ def ward_prices(points: Tensor, size: Tensor, weight: Tensor, gaps: Tensor | Non
     # Dividing by sizes first leaves few passes over the pairs: |y_i - y_j|^2 (w_i / s_i + w_j / s_j) / (1 / s_i + 1 / s_j)^2.
     inverse = size.reciprocal()
     ratio = weight * inverse
-    cost = alternate_distances(points)
+    cost = alternate_distances(points, gaps)
     cost = cost.mul_(ratio[:, 1::2, None] + ratio[:, None, ::2]).div_((inverse[:, 1::2, None] + inverse[:, None, ::2]).square_())
-    return _cheapest_destination(cost, gaps)
+    price, to = cost.min(-1)
+    return _present(price.clamp_min_(0), gaps), to * 2
 
 
 def similarity_prices(points: Tensor, gaps: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -62,23 +63,27 @@ def similarity_prices(points: Tensor, gaps: Tensor | None = None) -> tuple[Tenso
     """
     unit = torch.nn.functional.normalize(points, dim=-1)
     cost = 1 - unit[:, 1::2] @ unit[:, ::2].transpose(-2, -1)
-    return _cheapest_destination(cost, gaps)
+    price, to = (cost if gaps is None else cost.masked_fill_(gaps[:, None, ::2], INFINITY)).min(-1)
+    return _present(price, gaps), to * 2
 
 
-def _cheapest_destination(cost: Tensor, gaps: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The least of ``[images, sources, destinations]`` along destinations, and the token it stands for; gaps cost infinitely much."""
-    if gaps is None:
-        price, to = cost.min(-1)
-        return price, to * 2
-    price, to = cost.masked_fill_(gaps[:, None, ::2], INFINITY).min(-1)
-    return price.masked_fill(gaps[:, 1::2], INFINITY), to * 2
+def _present(price: Tensor, gaps: Tensor | None) -> Tensor:
+    """Prices of sources ``[images, sources]``, infinite where there is none."""
+    return price if gaps is None else price.masked_fill(gaps[:, 1::2], INFINITY)
 
 
-def alternate_distances(points: Tensor) -> Tensor:
-    """Squared Euclidean distances ``[images, odd, even]`` of odd to even rows, by one matrix product, never negative."""
-    norms = points.square().sum(-1)
-    pairs = norms[:, 1::2, None] + norms[:, None, ::2]
-    return torch.baddbmm(pairs, points[:, 1::2], points[:, ::2].transpose(-2, -1), alpha=-2).clamp_min_(0)
+def alternate_distances(points: Tensor, gaps: Tensor | None = None) -> Tensor:
+    """Squared Euclidean distances ``[images, odd, even]`` of odd to even rows, infinite to gaps.
+
+    |x - y|^2 = (x, |x|^2, 1) . (-2 y, 1, |y|^2), so that one matrix product is all that is done with pairs; rounding may leave it
+    just below zero.
+    """
+    norm = points.square().sum(-1, keepdim=True)
+    far = norm if gaps is None else norm.masked_fill(gaps[..., None], INFINITY)
+    one = torch.ones_like(norm)
+    odd = torch.cat([points[:, 1::2], norm[:, 1::2], one[:, 1::2]], -1)
+    even = torch.cat([points[:, ::2] * -2, one[:, ::2], far[:, ::2]], -1)
+    return torch.bmm(odd, even.transpose(-2, -1))
 
 
 def cheapest(price: Tensor, *, threshold: float | None, remove: int | None) -> Tensor:

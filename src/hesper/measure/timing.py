@@ -1,16 +1,16 @@
-"""Which of two jobs is faster, and how sure that is: timed in turns, so that what slows the machine slows both."""
+"""Which of several jobs is faster, and how sure that is: timed in turns, so that what slows the machine slows all."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from hesper.errors import UsageError
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "Turns", "compare", "take_turns"]
 
 RESAMPLES = 2000
 COVERAGE = 0.95
@@ -36,6 +36,73 @@ class Comparison:
         return float(np.median(self.a)), float(np.median(self.b))
 
 
+@dataclass(frozen=True)
+class Turns:
+    """Seconds of each round, by job, on a monotonic clock; round n of one was run right beside round n of every other."""
+
+    seconds: Mapping[str, tuple[float, ...]]
+
+    def compare(self, a: str, b: str, seed: int = 0) -> Comparison:
+        """How many times faster ``b`` was than ``a``; ``seed`` is of the bootstrap's resampling.
+
+        Example:
+            >>> Turns({"slow": (2.0, 4.0, 6.0), "fast": (1.0, 2.0, 3.0)}).compare("slow", "fast").ratio
+            2.0
+        """
+        ratios = np.divide(self.seconds[a], self.seconds[b])
+        drawn = np.median(ratios[np.random.default_rng(seed).integers(0, len(ratios), (RESAMPLES, len(ratios)))], axis=1)
+        low, high = np.quantile(drawn, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+        return Comparison(self.seconds[a], self.seconds[b], float(np.median(ratios)), float(low), float(high))
+
+
+def take_turns(
+    jobs: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int,
+    synchronise: Callable[[], object] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Callable[[int], None] | None = None,
+) -> Turns:
+    """Run every job once a round, the first of a round being another every round.
+
+    Args:
+        jobs: by name.
+        rounds: timed runs of each; at least 3.
+        warmup: untimed runs of each beforehand.
+        synchronise: waits until the device is idle, such as ``torch.cuda.synchronize``; called before every look at the clock.
+        clock: seconds that only grow.
+        progress: told the number of finished rounds, outside the timed parts.
+
+    Raises:
+        UsageError: fewer than 3 rounds, or less than no warm-up.
+
+    Example:
+        >>> turns = take_turns({"long": lambda: sum(range(20000)), "short": lambda: sum(range(2000))}, rounds=9, warmup=2)
+        >>> turns.compare("long", "short").ratio > 2
+        True
+    """
+    if rounds < 3 or warmup < 0:
+        raise UsageError(f"A comparison needs at least 3 rounds and no negative warm-up, not {rounds} and {warmup}.")
+    wait = synchronise or (lambda: None)
+    for _ in range(warmup):
+        for job in jobs.values():
+            job()
+    names = list(jobs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            wait()
+            started = clock()
+            jobs[name]()
+            wait()
+            seconds[name].append(clock() - started)
+        if progress:
+            progress(number + 1)
+    return Turns({name: tuple(each) for name, each in seconds.items()})
+
+
 def compare(
     a: Callable[[], object],
     b: Callable[[], object],
@@ -52,12 +119,12 @@ def compare(
     Args:
         a: the job to compare with.
         b: the job of interest.
-        rounds: timed runs of each; at least 3.
+        rounds: this and the others as for :func:`take_turns`.
         warmup: untimed runs of each beforehand.
         seed: of the bootstrap's resampling.
-        synchronise: waits until the device is idle, such as ``torch.cuda.synchronize``; called before every look at the clock.
+        synchronise: waits until the device is idle.
         clock: seconds that only grow.
-        progress: told the number of finished rounds, outside the timed parts.
+        progress: told the number of finished rounds.
 
     Raises:
         UsageError: fewer than 3 rounds, or less than no warm-up.
@@ -67,29 +134,6 @@ def compare(
         >>> found.ratio > 2 and found.low <= found.ratio <= found.high
         True
     """
-    if rounds < 3 or warmup < 0:
-        raise UsageError(f"A comparison needs at least 3 rounds and no negative warm-up, not {rounds} and {warmup}.")
-    wait = synchronise or (lambda: None)
-    for _ in range(warmup):
-        a()
-        b()
-    jobs, seconds = (a, b), np.empty((rounds, 2))
-    for number in range(rounds):
-        for which in (0, 1) if number % 2 == 0 else (1, 0):
-            wait()
-            started = clock()
-            jobs[which]()
-            wait()
-            seconds[number, which] = clock() - started
-        if progress:
-            progress(number + 1)
-    return _comparison(seconds, np.random.default_rng(seed))
-
-
-def _comparison(seconds: np.ndarray[tuple[int, int], np.dtype[np.float64]], generator: np.random.Generator) -> Comparison:
-    rounds = len(seconds)
-    ratios = seconds[:, 0] / seconds[:, 1]
-    drawn = np.median(ratios[generator.integers(0, rounds, (RESAMPLES, rounds))], axis=1)
-    low, high = np.quantile(drawn, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
-    a, b = (tuple(column) for column in seconds.T.tolist())
-    return Comparison(a, b, float(np.median(ratios)), float(low), float(high))
+    jobs = {"a": a, "b": b}
+    turns = take_turns(jobs, rounds=rounds, warmup=warmup, synchronise=synchronise, clock=clock, progress=progress)
+    return turns.compare("a", "b", seed)
