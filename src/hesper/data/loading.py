@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import zlib
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -63,30 +64,28 @@ class Batches(Iterator[LoadedBatch]):
         self.asked = asked
         self.yielded = 0
         self.skipped: tuple[Skipped, ...] = ()
-        self._images = images
-        self._run = self._generate(batch_size, workers, order, whole)
+        self._images, self._batch_size, self._whole = images, batch_size, whole
+        # It knows nothing of this object: an iterator that nobody holds any more then ends its threads at once.
+        self._run = _decoded(images, order, workers, ahead=batch_size + workers)
 
     def __next__(self) -> LoadedBatch:
-        return next(self._run)
-
-    def close(self) -> None:
-        """Stop early: cancel what is waiting to be decoded and end the threads."""
-        self._run.close()
-
-    def _generate(self, batch_size: int, workers: int, order: Iterable[tuple[int, int]], whole: bool) -> Generator[LoadedBatch, None, None]:
         ready: list[_Decoded] = []
-        for decoded in _decoded(self._images, order, workers, ahead=batch_size + workers):
+        for decoded in self._run:
             if isinstance(decoded.image, str):
                 self.skipped += (Skipped(self._images.files[decoded.index], decoded.image),)
             else:
                 ready.append(decoded)
-            if ready and (decoded.place + 1) % batch_size == 0:
-                yield self._batch(ready)
-                ready = []
+            if ready and (decoded.place + 1) % self._batch_size == 0:
+                return self._batch(ready)
         if ready:
-            yield self._batch(ready)
-        if whole and self.yielded == 0 and self.skipped:
+            return self._batch(ready)
+        if self._whole and self.yielded == 0 and self.skipped:
             require_readable(self._images, self.skipped)
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop early: cancel what is waiting to be decoded and end the threads."""
+        self._run.close()
 
     def _batch(self, ready: list[_Decoded]) -> LoadedBatch:
         pictures = [decoded.image for decoded in ready if isinstance(decoded.image, Tensor)]
@@ -110,10 +109,10 @@ class _Decoded:
     image: Tensor | str
 
 
-def _decoded(images: ImageSet, order: Iterable[tuple[int, int]], workers: int, *, ahead: int) -> Iterator[_Decoded]:
+def _decoded(images: ImageSet, order: Iterable[tuple[int, int]], workers: int, *, ahead: int) -> Generator[_Decoded, None, None]:
     # At most ``ahead`` images wait decoded, which bounds memory and still keeps a batch coming while the model works.
     left = iter(order)
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="hesper-decode")
+    pool = _threads(workers)
     try:
         queue: deque[tuple[int, int, Future[Tensor | str]]] = deque()
         queue.extend((place, index, pool.submit(_decode, images, index)) for place, index in islice(left, ahead))
@@ -123,6 +122,27 @@ def _decoded(images: ImageSet, order: Iterable[tuple[int, int]], workers: int, *
             yield _Decoded(place, index, future.result())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _threads(workers: int) -> ThreadPoolExecutor:
+    """Threads whose operators use no others.
+
+    With helpers under each decoding thread OpenMP has more threads than the processor has cores, even while they rest, and then lets
+    none wait busily: every operator of a model wakes its helpers anew, and a pruned one takes half as long again.
+    """
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, "hesper-decode", initializer=_one_thread)
+    all_there = threading.Barrier(workers + 1)
+    for _ in range(workers):
+        pool.submit(all_there.wait)
+    all_there.wait()
+    torch.set_num_threads(before)  # the last number set by any thread is what new threads begin with
+    return pool
+
+
+def _one_thread() -> None:
+    torch.get_num_threads()  # what a thread asks first becomes its own number, and would replace one that was set before
+    torch.set_num_threads(1)
 
 
 def _decode(images: ImageSet, index: int) -> Tensor | str:
