@@ -1,0 +1,55 @@
+"""Threads that decode: none of them brings helpers, and they end with the iterator they belong to."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hesper.data import ImageSet, batches, open_folder
+
+
+def images(folder: Path, seen: list[tuple[str, int]]) -> ImageSet:
+    for number in range(6):
+        Image.fromarray(np.full((4, 4, 3), number, dtype=np.uint8)).save(folder / f"{number}.png")
+
+    def transform(image: Image.Image) -> Tensor:
+        seen.append((threading.current_thread().name, torch.get_num_threads()))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+
+    return open_folder(folder, transform=transform, class_map=None, labelled=False)
+
+
+def decoding() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("hesper-decode")]
+
+
+def test_operators_in_a_decoding_thread_use_no_others_and_everyone_else_keeps_theirs(tmp_path: Path) -> None:
+    seen: list[tuple[str, int]] = []
+    later: list[int] = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert [len(batch.images) for batch in batches(images(tmp_path, seen), 4)] == [4, 2]
+        assert len(seen) == 6 and all(name.startswith("hesper-decode") and threads == 1 for name, threads in seen)
+        assert torch.get_num_threads() == 3
+        new = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        new.start()
+        new.join()
+        assert later == [3]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_iterator_that_nobody_holds_any_more_ends_its_threads(tmp_path: Path) -> None:
+    held = batches(images(tmp_path, []), 2, workers=2)
+    next(held)
+    assert len(decoding()) == 2
+    del held
+    assert not decoding()
+    assert len(next(iter(batches(images(tmp_path, []), 2))).images) == 2
+    assert not decoding()
