@@ -103,6 +103,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     say(json.dumps(environment()))
+    names = [run.name for run in options.runs]
+    if len({*names, "dense", "empty plan"}) < len(names) + 2:
+        parser.error("the runs' folders need names of their own, other than 'dense' and 'empty plan'")
     place = Place(options.data)
     for key in MODELS:
         model = place.model(key)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hesper.graft import tokens
 from hesper.graft.layout import Layout
 from hesper.graft.tokens import alternate_distances, cheapest, similarity_prices, ward_prices
 
@@ -67,10 +68,25 @@ def test_prices_are_padding_blind() -> None:
     assert padded[0][:, 3:].eq(INF).all()
 
 
-def test_prices_are_never_negative() -> None:
-    same, one = torch.full((1, 40, 24), 1000.1) + 0.01 * torch.randn(40, 1, generator=torch.Generator().manual_seed(0)), torch.ones(1, 40)
-    assert (alternate_distances(same) < 0).any()  # what rounding makes of differences of great numbers
-    assert ward_prices(same, one, one)[0].ge(0).all()
+def test_prices_are_never_negative(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = torch.ones(1, 4)
+    monkeypatch.setattr(tokens, "alternate_distances", lambda points, gaps: torch.full((1, 2, 2), -1e-6))  # as rounding may leave them
+    assert ward_prices(one[..., None], one, one)[0].tolist() == [[0.0, 0.0]]
+
+
+def test_distances_to_gaps_are_infinite_and_others_are_distances() -> None:
+    points = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = alternate_distances(points, torch.tensor([[False] * 5, [False] * 3 + [True] * 2]))
+    expected = (points[:, 1::2, None] - points[:, None, ::2]).square().sum(-1)
+    expected[1, :, 2] = INF
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_weights_that_vanish_price_pairs_at_nothing_and_not_at_nan(dtype: torch.dtype) -> None:
+    points, size = torch.randn(1, 6, 3, generator=torch.Generator().manual_seed(0)).to(dtype), torch.ones(1, 6, dtype=dtype)
+    price, _ = ward_prices(points, size, torch.zeros(1, 6, dtype=dtype), torch.tensor([[False] * 4 + [True] * 2]))
+    assert price[:, :2].lt(1e-3).all() and price[:, 2].eq(INF).all()
 
 
 @given(st.lists(st.integers(0, 3).map(float), min_size=1, max_size=9), st.integers(0, 12))

@@ -74,7 +74,7 @@ def per_head(log_size: Tensor) -> Tensor:
 def as_mask(bias: Tensor, like: Tensor) -> Tensor:
     """A bias ``[images, tokens, 1 or heads]`` as an attention mask ``[images, 1 or heads, 1, tokens]``, as precise as ``like``.
 
-    Along the tokens it is contiguous: a processor's kernel takes a sixth longer where it is not.
+    Along the tokens it is contiguous: a processor's kernel takes longer where it is not.
     """
     return bias.to(like.dtype).transpose(1, 2).contiguous()[:, :, None]
 

@@ -61,11 +61,13 @@ def restored_mean(values: Tensor, size: Tensor, decision: Decision, restoration:
     if restoration is None:
         return grouped_mean(values, size, decision)
     groups = decision.groups
-    mass = size.index_select(0, groups.member)
+    wide = torch.promote_types(values.dtype, torch.float32)  # sums over a large group need more digits than halves have
+    mass = size.index_select(0, groups.member).to(wide)
     own = torch.zeros_like(mass[: len(groups.hit)]).index_add_(0, groups.group, mass)
-    share = mass / own.index_select(0, groups.group)  # before summing: half precision ends at 65504
+    share = mass / own.index_select(0, groups.group)
     parts = values.index_select(0, groups.member) * share[:, None]
     mean = parts.new_zeros(len(own), parts.shape[1]).index_add_(0, groups.group, parts)
     length = torch.zeros_like(own).index_add_(0, groups.group, torch.linalg.vector_norm(parts, dim=1))
     rows, sizes = (part.index_select(0, groups.kept) for part in (values, size))
-    return rows.index_copy_(0, groups.hit, restoration(mean, length[:, None])), sizes.index_copy_(0, groups.hit, own)
+    rows.index_copy_(0, groups.hit, restoration(mean, length[:, None]).to(rows.dtype))
+    return rows, sizes.index_copy_(0, groups.hit, own.to(sizes.dtype))

@@ -30,8 +30,8 @@ def ward_prices(points: Tensor, size: Tensor, weight: Tensor, gaps: Tensor | Non
         gaps: ``[images, tokens]`` bool, where there is no token; None where there is one everywhere.
 
     Returns:
-        Prices ``[images, sources]`` (infinite where source or every destination is missing) and the index of the
-        destination, counted in tokens, of the same shape.
+        Prices ``[images, sources]`` (infinite where source or every destination is missing; there they have no gradient) and the
+        index of the destination, counted in tokens, of the same shape.
 
     Example:
         >>> y = torch.tensor([[[0.0], [0.1], [9.0], [5.0]]])
@@ -42,7 +42,7 @@ def ward_prices(points: Tensor, size: Tensor, weight: Tensor, gaps: Tensor | Non
     """
     # Dividing by sizes first leaves few passes over the pairs: |y_i - y_j|^2 (w_i / s_i + w_j / s_j) / (1 / s_i + 1 / s_j)^2.
     inverse = size.reciprocal()
-    ratio = weight * inverse
+    ratio = (weight * inverse).clamp_min(torch.finfo(weight.dtype).tiny)  # the infinity of a gap times zero is no price
     cost = alternate_distances(points, gaps)
     cost = cost.mul_(ratio[:, 1::2, None] + ratio[:, None, ::2]).div_((inverse[:, 1::2, None] + inverse[:, None, ::2]).square_())
     price, to = cost.min(-1)

@@ -18,7 +18,7 @@ COVERAGE = 0.95
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds of each round, of ``a`` and of ``b``, by a monotonic clock; round n of one was run right beside round n of the other.
+    """Seconds of each round, of ``a`` and of ``b``, by a monotonic clock; round n of one was run in the same round as that of the other.
 
     ``ratio`` is the median over rounds of a / b, how many times faster b is: what slows a whole round cancels. ``low`` and ``high`` bound
     it with 95 % confidence (percentile bootstrap over rounds).
@@ -38,7 +38,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Turns:
-    """Seconds of each round, by job, on a monotonic clock; round n of one was run right beside round n of every other."""
+    """Seconds of each round, by job, on a monotonic clock; round n of one was run between those of all others, in one order or another.
+
+    Example:
+        >>> Turns({"slow": (2.0, 4.0, 6.0), "fast": (1.0, 2.0, 3.0)}).compare("fast", "slow").seconds
+        (2.0, 4.0)
+    """
 
     seconds: Mapping[str, tuple[float, ...]]
 
@@ -64,7 +69,7 @@ def take_turns(
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[int], None] | None = None,
 ) -> Turns:
-    """Run every job once a round, the first of a round being another every round.
+    """Run every job once a round, in an order that changes every round: forward, then backward, then from the next job on.
 
     Args:
         jobs: by name.
@@ -75,7 +80,7 @@ def take_turns(
         progress: told the number of finished rounds, outside the timed parts.
 
     Raises:
-        UsageError: fewer than 3 rounds, or less than no warm-up.
+        UsageError: no jobs, fewer than 3 rounds, or less than no warm-up.
 
     Example:
         >>> turns = take_turns({"long": lambda: sum(range(20000)), "short": lambda: sum(range(2000))}, rounds=9, warmup=2)
@@ -84,6 +89,8 @@ def take_turns(
     """
     if rounds < 3 or warmup < 0:
         raise UsageError(f"A comparison needs at least 3 rounds and no negative warm-up, not {rounds} and {warmup}.")
+    if not jobs:
+        raise UsageError("There is nothing to time; give at least one job.")
     wait = synchronise or (lambda: None)
     for _ in range(warmup):
         for job in jobs.values():
@@ -91,8 +98,9 @@ def take_turns(
     names = list(jobs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+        first = number // 2 % len(names)
+        order = names[first:] + names[:first]
+        for name in order if number % 2 == 0 else reversed(order):
             wait()
             started = clock()
             jobs[name]()
