@@ -2,7 +2,7 @@
 
     python benchmarks/sizes.py
 
-What a decision takes hardly depends on the width of a model, and what its blocks take does. Models of ViT's usual shapes with random
+What a decision takes grows less with the width of a model than what its blocks take. Models of ViT's usual shapes with random
 weights merge as many tokens in every image as the MACs ask for, in turns with the dense model; their outputs mean nothing, only their
 times do. The ceiling is the dense model on so few tokens that it needs as many MACs. Let nothing else run meanwhile.
 """

@@ -63,6 +63,14 @@ def test_long_tokens_merge_in_half_precision() -> None:
     assert size.tolist() == [200.0] and torch.allclose(out.float(), rows[:1].float(), rtol=2e-2)
 
 
+def test_sums_over_large_groups_keep_their_digits_in_half_precision() -> None:
+    exact = 1 + 0.05 * torch.randn(400, 16, generator=torch.Generator().manual_seed(0))
+    decision = Decision(400, np.arange(1, 400), np.zeros(399, dtype=int), (1,))
+    plain = {"restoration.stretch": torch.tensor(0.0)}
+    out, _ = restored_mean(exact.bfloat16(), torch.ones(400, dtype=torch.bfloat16), decision, Restoration(16, plain).bfloat16())
+    torch.testing.assert_close(out[0].float(), exact.mean(0), rtol=2e-2, atol=0)
+
+
 def test_nearly_opposite_tokens_are_stretched_by_a_factor_of_four_at_most() -> None:
     x, one = torch.tensor([[1.0, 0.001], [-1.0, 0.001]]), torch.ones(2)
     out, _ = restored_mean(x, one, Decision(2, np.array([1]), np.array([0]), (1,)), Restoration(2))
