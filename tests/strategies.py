@@ -87,7 +87,7 @@ def token_cuts(draw: st.DrawFn, block: int, depth: int, priced: bool) -> TokenCu
     """A cut of ``block``; the counts of ``depth`` such cuts never add up to all tokens of an arbitrary anatomy."""
     combine: Combine = draw(st.sampled_from(get_args(Combine)))
     if priced and draw(st.booleans()):
-        return TokenCut(block, combine, threshold=draw(amounts))
+        return TokenCut(block, combine, threshold=draw(amounts), multiple=draw(st.integers(1, 2)))
     return TokenCut(block, combine, remove=draw(st.integers(0, 4 // depth)))
 
 

@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from hesper.curvature import ImageBatch
+from hesper.graft.layout import Layout
 from hesper.heart.fit import dense_states
 from hesper.hosts import Host, open_host
 from hesper.plan import Combine, HeadCut, HeadGate, Plan, Pricing, TokenCut, empty_plan
@@ -34,6 +35,11 @@ KINDS: dict[str, dict[str, Any]] = {
 REMOVABLE = [kind for kind in KINDS if kind != "attention_norm"]
 READERS = [kind for kind, options in KINDS.items() if options.get("global_pool") != "avg"]
 RANK = 5
+
+
+def lies(layout: Layout, image: int) -> int:
+    """Where an image of the batch lies among the runs of rows."""
+    return layout.listed(range(len(layout.counts)))[image]
 
 
 def vit(kind: str = "plain", dtype: torch.dtype = torch.float32, **options: Any) -> VisionTransformer:

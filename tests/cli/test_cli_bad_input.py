@@ -137,6 +137,28 @@ def test_learning_about_merging_where_nothing_merges(ask: Ask, words: tuple[str,
     assert f"{named} is about merging tokens" in sentence(ask("--macs", 0.9, *words), 2)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--multiple", "4", "--counts", "fixed"), "--multiple is about counts that adapt"),
+        (("--multiple", "4", "--no-tokens"), "--multiple is about counts that adapt"),
+        (("--multiple", "0"), "--multiple"),
+        (("--multiple", "some"), "--multiple"),
+        (("--multiple", "1000"), "multiples of 1000 where there are 101 tokens"),
+        (("--rounds", "9"), "--rounds"),
+        (("--rounds", "few"), "--rounds"),
+    ],
+)
+def test_numbers_of_rounds_and_multiples_that_cannot_be(ask: Ask, words: tuple[str, ...], says: str) -> None:
+    assert says in sentence(ask("--macs", 0.9, *words), 2)
+
+
+@pytest.mark.parametrize("setting", [{"rounds": 0}, {"rounds": "few"}, {"multiple": 0}, {"multiple": 2.5}, {"rounds": True}])
+def test_settings_that_are_no_numbers_of_rounds_or_multiples(setting: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(setting))):
+        package.Settings(Budget("macs", 0.9, 0.9), **setting)
+
+
 def test_a_budget_out_of_reach_says_what_can_be_had(ask: Ask) -> None:
     assert "least that can be had is 0." in sentence(ask("--macs", 0.05), 1)
 

@@ -14,6 +14,7 @@ import hesper as package
 from cli_helpers import NAME, QUICK, hesper, sentence, write_images
 from hesper.cli import main
 from hesper.cli.options import declined
+from hesper.heart.family import steps_of
 from hesper.plan import Budget
 from hesper.plan.show import render
 from hesper.runs import open_run
@@ -65,7 +66,10 @@ def test_json_is_all_there_is_on_stdout(tmp_path: Path, weights: Path, images: P
 
 
 @pytest.mark.parametrize(("heads", "figure"), [("static", "heads_removed"), ("adaptive", "blocks_gated")])
-def test_runs_without_some_heads_load_and_evaluate(heads: str, figure: str, tmp_path: Path, weights: Path, images: Path) -> None:
+def test_runs_without_some_heads_load_and_evaluate(
+    heads: str, figure: str, tmp_path: Path, weights: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hesper.heart.family.DECISION_TIME", 0.0)  # gates are too slow for so narrow a model
     out = tmp_path / "run"
     quick = [word for word in QUICK if word not in ("--heads", "none")]
     asked = ("prune", NAME, "--weights", weights, "--calib", images, "--loss-budget", 5, "--heads", heads, "--out", out, "--json")
@@ -86,6 +90,22 @@ def test_runs_of_every_kind_of_cut_load_and_evaluate(words: tuple[str, ...], tmp
     assert again.exit_code == 0, again.stderr
     found, measured = json.loads(again.stdout), open_run(out).plan.measured
     assert measured is not None and abs(found["macs_ratio"] - measured.macs.mean) < 0.05
+
+
+def test_counts_are_multiples_as_asked_and_rounds_are_measured(tmp_path: Path, weights: Path, images: Path) -> None:
+    runs = {}
+    for name, words in (("asked", ("--multiple", 5, "--rounds", 3)), ("auto", ())):
+        result = hesper("prune", NAME, "--weights", weights, "--calib", images, "--macs", 0.85, "--out", tmp_path / name, *words, *QUICK)
+        assert result.exit_code == 0, result.stderr
+        runs[name] = open_run(tmp_path / name)
+        left = package.load(tmp_path / name).run(torch.rand(6, 3, 160, 160)).traffic.attended
+        multiple = runs[name].plan.tokens[0].multiple
+        assert f"in multiples of {multiple}" in hesper("show", tmp_path / name).stdout
+        assert ((left % multiple == 0) | (left == 101)).all() and (left < 101).any()
+    first, second = (runs[name].plan for name in ("asked", "auto"))
+    assert first.pricing is not None and second.pricing is not None
+    assert (first.tokens[0].multiple, first.pricing.rounds) == (5, 3)
+    assert second.tokens[0].multiple == steps_of(second.model.anatomy) == 8 and second.pricing.rounds in (1, 2)
 
 
 def test_the_command_line_and_python_ask_for_the_same_by_default() -> None:
@@ -215,7 +235,7 @@ def test_prices_are_fitted_again_along_the_cut_and_kept_where_they_drift_less(
     monkeypatch.setattr("hesper.heart.prune.TUNE_IMAGES", 8)
     monkeypatch.setattr("hesper.heart.prune.LEAST_FIT_IMAGES", 8)
     images = write_images(tmp_path / "calib", 32)
-    words = ("--weights", weights, "--calib", images, "--macs", 0.75, "--refine", 0, *QUICK)
+    words = ("--weights", weights, "--calib", images, "--macs", 0.75, "--refine", 0, "--rounds", 2, "--multiple", 1, *QUICK)
     runs = {}
     for switch in ("--refit", "--no-refit"):
         result = hesper("prune", NAME, *words, switch, "--out", tmp_path / switch)

@@ -132,6 +132,7 @@ def test_what_deciders_see_of_a_head_that_sat_out() -> None:
         assert used is not None and (~used[:, 1]).any()
         state: State = seen[-1]
         mean = gate_tables(model)["1.router.mean_attention"].double()
+        assert state.layout.images is None
         stays = used[:, 1][state.layout.image]
         attention, unknown = state.attention, ~stays
         if criterion == "kl":

@@ -17,7 +17,7 @@ from hesper.graft import graft
 from hesper.graft.attention import attend, attend_readers, reader_attention
 from hesper.graft.buckets import side_by_side, together
 from hesper.graft.layout import Layout
-from hesper.graft.ragged import Strategy, bucketed, choose, per_image, varlen, varlen_runs, widened
+from hesper.graft.ragged import Strategy, bucketed, choose, run_by_run, varlen, varlen_runs, widened
 from hesper.hosts import Projected
 from vits import cuts_of, pictures, plan_for, tables, vit
 
@@ -74,9 +74,25 @@ def check(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("counts", BATCHES.values(), ids=BATCHES.keys())
-@pytest.mark.parametrize("strategy", [per_image, bucketed])
+@pytest.mark.parametrize("strategy", [run_by_run, bucketed])
 def test_every_image_attends_to_its_own_tokens_alone(strategy: Strategy, counts: tuple[int, ...], kind: str) -> None:
     check(strategy, counts, kind, 1e-5)
+
+
+def test_neighbours_of_equal_counts_share_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, int]] = []
+
+    def noted(query: Tensor, *more: Any, **options: Any) -> Tensor:
+        shapes.append((query.shape[0], query.shape[2]))
+        assert options["attn_mask"] is None or options["attn_mask"].stride(-1) == 1
+        return torch.nn.functional.scaled_dot_product_attention(query, *more, **options)
+
+    monkeypatch.setattr("hesper.graft.ragged.scaled_dot_product_attention", noted)
+    for kind in KINDS:
+        layout = Layout((3, 3, 5, 5, 5, 3), PREFIX)
+        attend(tokens(layout.rows), bias(kind, layout.rows), layout, SCALE, run_by_run)
+        assert shapes == [(2, 3), (3, 5), (1, 3)]
+        shapes.clear()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,7 +172,7 @@ def test_a_model_gives_the_same_logits_by_every_way(monkeypatch: pytest.MonkeyPa
 
 
 def test_each_device_and_precision_gets_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose(torch.device("cpu"), torch.bfloat16, 64, False) is per_image
+    assert choose(torch.device("cpu"), torch.bfloat16, 64, False) is run_by_run
     assert choose(torch.device("meta"), torch.bfloat16, 64, False) is bucketed
     monkeypatch.setattr(hesper.graft.ragged, "varlen_runs", lambda device, dtype, width: dtype is torch.float16 and width <= 64)
     device = torch.device("cuda")

@@ -26,6 +26,7 @@ from vits import (
     cuts_of,
     feed_by_hand,
     learned_tables,
+    lies,
     logits_by_hand,
     pictures,
     plan_for,
@@ -39,13 +40,15 @@ ADAPTIVE = [(criterion, combine) for criterion, combine in DECIDERS if criterion
 
 
 @functools.lru_cache
-def threshold(kind: str, criterion: str, combine: Any) -> float:
+def threshold(kind: str, criterion: str, combine: Any, multiple: int = 1) -> float:
     """A price at which images lose different counts: of a grid, the one that spreads the counts after two cuts most."""
     if criterion == "random":
         return 0.3
     grid = [2.0 ** (power / 2) for power in range(-13, 20, 2)]
     fed = {
-        price: grafted(kind, DOUBLE, criterion, cuts_of(combine, [0, 1], threshold=price)).run(pictures(5, DOUBLE)).traffic.fed[:, 1]
+        price: grafted(kind, DOUBLE, criterion, cuts_of(combine, [0, 1], threshold=price, multiple=multiple))
+        .run(pictures(5, DOUBLE))
+        .traffic.fed[:, 1]
         for price in grid
     }
     return max(grid, key=lambda price: len(set(fed[price])))
@@ -113,7 +116,8 @@ def by_hand(
 
 
 def fates_of(state: State, decision: Decision, image: int) -> dict[int, int | None]:
-    first, last = state.layout.bounds[image] + state.layout.prefix, state.layout.bounds[image + 1]
+    run = lies(state.layout, image)
+    first, last = state.layout.bounds[run] + state.layout.prefix, state.layout.bounds[run + 1]
     into = [None] * len(decision.gone) if decision.into is None else (decision.into - first).tolist()
     return {row - first: to for row, to in zip(decision.gone.tolist(), into, strict=True) if first <= row < last}
 
@@ -241,14 +245,14 @@ def test_a_merge_keeps_the_mass_or_the_length_of_every_image(criterion: str) -> 
     model(images)
 
     def kept(stream: Tensor, state: State, image: int) -> Tensor:
-        own, size = state.layout.split(stream)[image], state.layout.split(state.size)[image]
+        own, size = (state.layout.split(rows)[lies(state.layout, image)] for rows in (stream, state.size))
         return (own.norm(dim=1) * size).sum() if criterion == "kl" else (own * size[:, None]).sum(0)
 
     for number, (state, _) in enumerate(watch.seen[:2]):
         after = watch.seen[number + 1][0]
         for image in range(4):
             torch.testing.assert_close(kept(fed[number], after, image), kept(state.stream, state, image), rtol=1e-12, atol=1e-12)
-            assert after.layout.split(after.size)[image].sum() == state.layout.split(state.size)[image].sum() == 13
+            assert all(own.sum() == 13 for held in (after, state) for own in held.layout.split(held.size))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (DOUBLE, 1e-10)])
@@ -268,16 +272,18 @@ def test_dropping_is_a_gate_of_zero_for_exactly_these_tokens(kind: str, dtype: t
 
 @pytest.mark.parametrize(("criterion", "combine"), ADAPTIVE)
 @pytest.mark.parametrize("kind", ["plain", "pooled"])
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(("mixed", "multiple"), [(False, 1), (True, 1), (False, 2)])
 @torch.no_grad()
-def test_an_image_does_not_care_which_batch_it_is_in(kind: str, criterion: str, combine: Any, mixed: bool) -> None:
-    cuts = cuts_of(combine, [0, 1, 2], threshold=threshold(kind, criterion, combine))
+def test_an_image_does_not_care_which_batch_it_is_in(kind: str, criterion: str, combine: Any, mixed: bool, multiple: int) -> None:
+    cuts = cuts_of(combine, [0, 1, 2], threshold=threshold(kind, criterion, combine, multiple), multiple=multiple)
     if mixed:
         cuts[2] = TokenCut(2, combine, remove=4)  # a fixed count on a ragged batch, more than some images can give
     images = pictures(5, DOUBLE).float()  # those the threshold was found with
     model = grafted(kind, torch.float32, criterion, cuts, skip_unread=kind != "pooled")
     together = model.run(images, trace=True)
     assert together.sources is not None and len(set(together.traffic.attended[:, 2])) > 1
+    before, after = (counts[:, :3] for counts in (together.traffic.attended, together.traffic.fed))
+    assert mixed or ((after == before) | (after % multiple == 0)).all()
     for image in range(5):
         alone = model.run(images[image : image + 1], trace=True)
         torch.testing.assert_close(together.logits[image], alone.logits[0], rtol=1e-5, atol=1e-5)
@@ -304,6 +310,16 @@ def test_an_image_is_never_emptied(kind: str, criterion: str, combine: Any) -> N
     outcome = model.run(pictures(3), trace=True)
     prefix = model.plan.model.anatomy.prefix_tokens
     assert outcome.logits.isfinite().all() and (outcome.traffic.fed[:, -1] == prefix + 1).all()
+
+
+@torch.no_grad()
+def test_images_of_equal_counts_lie_side_by_side() -> None:
+    model = grafted("plain", DOUBLE, "kl", cuts_of("merge", [0, 1], threshold=threshold("plain", "kl", "merge")))
+    watch = Watch(model)
+    outcome = model.run(pictures(5, DOUBLE).flip(0))
+    layout = watch.seen[1][0].layout
+    assert layout.images is not None and list(layout.counts) == sorted(layout.counts)
+    assert layout.listed(layout.counts) == tuple(outcome.traffic.attended[:, 1].tolist())
 
 
 @torch.no_grad()

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hesper.graft import tokens
+from hesper.graft.decision import Decision, grouped_mean
 from hesper.graft.layout import Layout
-from hesper.graft.tokens import alternate_distances, cheapest, similarity_prices, ward_prices
+from hesper.graft.tokens import alternate_distances, cheapest, in_steps, similarity_prices, ward_prices
 
 INF = float("inf")
 
@@ -100,6 +102,60 @@ def test_a_threshold_takes_what_is_below_it_and_zero_takes_nothing() -> None:
     price = torch.tensor([[0.0, 1.0, 2.0, INF]])
     assert cheapest(price, threshold=1.0, remove=None).tolist() == [[True, False, False, False]]
     assert not cheapest(price, threshold=0.0, remove=None).any()
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 4).map(float), min_size=1, max_size=9), st.integers(1, 9)), min_size=1, max_size=4),
+    st.integers(1, 6),
+)
+def test_counts_come_in_steps_and_the_dearest_of_what_would_go_stays(images: list[tuple[list[float], int]], multiple: int) -> None:
+    """Against every subset: as many go as leave a multiple, none dearer than one that stays; and no image minds those beside it."""
+    most = max(len(prices) for prices, _ in images)
+    price = torch.tensor([prices + [INF] * (most - len(prices)) for prices, _ in images])
+    go, counts = price < 3, torch.tensor([len(prices) + others for prices, others in images])
+    gone = in_steps(go, price, counts, multiple)
+    for image, (prices, _) in enumerate(images):
+        own, candidates = gone[image, : len(prices)], go[image, : len(prices)]
+        assert not gone[image, len(prices) :].any() and not (own & ~candidates).any()
+        sizes = [size for size in range(int(candidates.sum()) + 1) if (counts[image] - size) % multiple == 0 or size == 0]
+        assert int(own.sum()) == max(sizes)
+        dearest = max((p for p, out in zip(prices, own.tolist(), strict=True) if out), default=-INF)
+        assert all(p >= dearest for p, out, may in zip(prices, own.tolist(), candidates.tolist(), strict=True) if may and not out)
+        alone = in_steps(candidates[None], torch.tensor([prices]), counts[image : image + 1], multiple)
+        assert torch.equal(alone[0], own)
+
+
+@given(st.permutations(range(4)), st.permutations(range(4)))
+def test_images_that_lie_otherwise_are_found_again(first: list[int], second: list[int]) -> None:
+    layout = Layout((5, 2, 3, 9), prefix=1)
+    moved = layout.arranged(first).arranged(second)
+    assert moved.images == tuple(first[place] for place in second) and moved.counts == tuple(layout.counts[image] for image in moved.images)
+    assert moved.listed(moved.counts) == layout.counts
+    assert moved.restored(torch.tensor(moved.counts)).tolist() == list(layout.counts)
+    assert moved.with_counts((1, 2, 3, 4)).images == moved.images
+
+
+@given(sets())
+def test_a_decision_by_count_keeps_the_same_rows_and_sends_them_to_the_same(
+    case: tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]],
+) -> None:
+    points, size, _, counts = case
+    layout = Layout(tuple(counts), 0)
+    rows = points.flatten(0, 1)[: layout.rows]
+    odd = [row for image, count in enumerate(counts) for row in range(layout.bounds[image] + 1, layout.bounds[image] + count, 3)]
+    assume(odd)
+    left = tuple(count - len(range(1, count, 3)) for count in counts)
+    plain = Decision(layout.rows, np.array(odd), np.array(odd) - 1, left)
+    mean, mass = grouped_mean(rows, size.flatten()[: layout.rows], plain)
+    other, moved = grouped_mean(rows, size.flatten()[: layout.rows], plain.by_count())
+    after = layout.with_counts(left)
+    order = plain.by_count().order
+    arranged = after if order is None else after.arranged(order)
+    assert list(arranged.counts) == sorted(left)
+    images = arranged.listed(range(len(counts)))
+    for image, place in enumerate(images):
+        assert torch.equal(arranged.split(other)[place], after.split(mean)[image])
+        assert torch.equal(arranged.split(moved)[place], after.split(mass)[image])
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(0, 2))

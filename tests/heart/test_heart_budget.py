@@ -15,7 +15,7 @@ from hesper.heart.budget import Improvement, _rounded_up, check_sample, choose
 from hesper.heart.family import STAGES, Family, affordable_heads, deciding_blocks
 from hesper.heart.fit import Atlas, Tables
 from hesper.measure.evaluate import Evaluation
-from hesper.plan import Anatomy, Budget, check_budget, empty_plan
+from hesper.plan import Anatomy, Budget, Pricing, check_budget, empty_plan
 
 TINY = Anatomy(12, 192, 3, 64, 768, 197, 1, 1000, 768, (224, 224), (14, 14), False)
 DENSE = 1_000_000
@@ -263,12 +263,26 @@ def test_of_equal_drift_the_family_that_decides_less_wins_and_heads_are_tried_on
     assert "more and heads" not in seen
 
 
+def rounds_of(number):
+    pricing = Pricing("kl", 4.0, 3, 24, 0.35, number)
+    return dataclasses.replace(family(f"{number} rounds"), blank=dataclasses.replace(family().blank, pricing=pricing))
+
+
+def test_a_second_round_must_be_worth_its_time():
+    two, one = rounds_of(2), rounds_of(1)
+    assert two.deciding_time > one.deciding_time
+    assert pick(Budget("macs", 0.6, 0.95), families=[two, one], drift={"2 rounds": 9.0, "1 rounds": 10.0}).family is one
+    assert pick(Budget("macs", 0.6, 0.95), families=[two, one], drift={"2 rounds": 3.0, "1 rounds": 10.0}).family is two
+    wide = dataclasses.replace(two.blank.model, anatomy=dataclasses.replace(TINY, width=768, heads=12))
+    assert dataclasses.replace(two, blank=dataclasses.replace(two.blank, model=wide)).deciding_time == pytest.approx(two.deciding_time / 4)
+
+
 def test_heads_that_adapt_must_be_worth_the_time_their_gates_take():
     gated = dataclasses.replace(family("gated"), heads="adaptive")
     assert gated.decisions == family().decisions + 12
     families, budget = [family("plain"), gated], Budget("macs", 0.6, 0.95)
     assert pick(budget, families=families, drift={"plain": 10.0, "gated": 8.0}).family.name == "plain"
-    assert pick(budget, families=families, drift={"plain": 10.0, "gated": 3.0}).family.name == "gated"
+    assert pick(budget, families=families, drift={"plain": 10.0, "gated": 1.0}).family.name == "gated"
 
 
 class Population:

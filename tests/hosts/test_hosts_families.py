@@ -43,7 +43,8 @@ class Watch:
         layout = arguments[0].layout
         into = [None] * len(decision.gone) if decision.into is None else decision.into.tolist()
         every = []
-        for start, end in zip(layout.bounds, layout.bounds[1:], strict=False):
+        for run in layout.listed(range(len(layout.counts))):
+            start, end = layout.bounds[run : run + 2]
             pairs = zip(decision.gone.tolist(), into, strict=True)
             every.append({gone - start: None if to is None else to - start for gone, to in pairs if start <= gone < end})
         self.fates.append(every)

@@ -50,7 +50,7 @@ def test_the_file_reads_in_the_order_people_ask() -> None:
     document = tomllib.loads(dumps(PLAN))
     order = "schema schedule skip_unread dial model budget pricing expected_loss tokens heads gates measured points provenance"
     assert list(document) == order.split()
-    assert document["tokens"][1] == {"block": 6, "combine": "drop", "remove": 20}
+    assert document["tokens"][1] == {"block": 6, "combine": "drop", "remove": 20, "multiple": 1}
 
 
 def test_the_hash_ignores_formatting() -> None:
@@ -107,10 +107,10 @@ def test_whole_numbers_serve_as_floats() -> None:
         ("remove = [0, 2]", 'remove = [0, "2"]', r"heads\[0\].remove\[1\] must be a whole number, not a string"),
         ("grid = [14, 14]", "grid = [14]", "model.anatomy.grid needs 2 values, not 1"),
         ('combine = "merge"', 'combine = "merg"', "combine is 'merg'; did you mean 'merge'.*one of merge, drop"),
-        ("schema = 4", "schema = 5", "schema 5, newer than this hesper reads .4.; upgrade hesper"),
-        ("schema = 4", "schema = 3", "schema 3, but this hesper reads 4; make the plan again"),
-        ("schema = 4\n", "", "needs the line 'schema = 4'"),
-        ("schema = 4", "schema = ", "not valid TOML"),
+        ("schema = 5", "schema = 6", "schema 6, newer than this hesper reads .5.; upgrade hesper"),
+        ("schema = 5", "schema = 3", "schema 3, but this hesper reads 5; make the plan again"),
+        ("schema = 5\n", "", "needs the line 'schema = 5'"),
+        ("schema = 5", "schema = ", "not valid TOML"),
         ("threshold = 0.001", "threshold = nan", r"tokens\[0\].threshold is nan"),
         ("threshold = 0.001", "threshold = inf", r"tokens\[0\].threshold is inf"),
         ("threshold = 0.001", "threshold = -0.5", r"tokens\[0\].threshold is -0.5; a price in nats is 0 or more"),
@@ -134,6 +134,9 @@ def test_a_text_that_says_it_wrong_is_refused(old: str, new: str, message: str) 
         ("tokens.0.remove", 3, "either a threshold .* or remove"),
         ("tokens.1.remove", -1, "a count of tokens is 0 or more"),
         ("tokens.1.remove", 196, "the model has 196 patch tokens and one must stay"),
+        ("tokens.0.multiple", 0, r"tokens\[0\].multiple is 0; it must be between 1 .any count. and 197"),
+        ("tokens.0.multiple", 198, r"tokens\[0\].multiple is 198"),
+        ("tokens.1.multiple", 2, r"tokens\[1\] removes exactly 20 tokens and cannot heed a multiple"),
         ("pricing", None, r"no \[pricing\] to compare it with"),
         ("heads.0.block", 99, r"heads\[0\].block is 99"),
         ("heads.0.remove", (), "is empty"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from hesper.heart.passes import Passes, StoredLogits
 from hesper.parallel import Alone
 from hesper.plan import empty_plan
 from hesper.work import Kept, KeptNowhere, Work, work_beside
-from vits import tiny_batch, tiny_host
+from vits import cuts_of, plan_for, tables, tiny_batch, tiny_host, vit
 
 REQUEST = {"seed": 0, "images": "abc"}
 
@@ -94,6 +95,25 @@ def test_stored_logits_are_those_of_the_model_and_are_not_made_twice(tmp_path: P
         assert len(made) == len(again) == len(batches) == 8
         for index, batch in enumerate(batches):
             assert torch.equal(again[index], made[index]) and torch.equal(again[index], model(batch.images).detach())
+
+
+def test_what_is_kept_of_one_plan_is_not_taken_for_another(tmp_path: Path) -> None:
+    model = vit("plain")
+
+    def transform(image: Image.Image) -> Tensor:
+        return torch.from_numpy(np.asarray(image.resize(model.patch_embed.img_size[::-1])) / np.float32(255)).permute(2, 0, 1)
+
+    images = open_folder(write_images(tmp_path / "images", 3), transform=transform, class_map=None, labelled=False)
+    plan = plan_for(model, cuts_of("merge", [0, 1], threshold=1e9))
+    assert plan.pricing is not None
+    with work_beside(tmp_path / "run", REQUEST) as work:
+        run = passes(images, work)
+        dense = run.dense("dense", "Dense", model, range(9))
+        for rounds in (2, 1, 2):
+            cut = graft(model, replace(plan, pricing=replace(plan.pricing, rounds=rounds)), tables(model))
+            found = run.evaluate("tune", "Measure", cut, dense, range(9))
+            fresh = passes(images, KeptNowhere()).evaluate("tune", "Measure", cut, dense, range(9))
+            assert np.array_equal(found.macs, fresh.macs) and np.array_equal(found.drift_kl, fresh.drift_kl)
 
 
 class FirstOfTwo(Alone):

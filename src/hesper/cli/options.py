@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hesper.runs import RunFolder
 
 __all__ = [
+    "AutoOr",
     "as_json",
     "declined",
     "example",
@@ -33,6 +34,16 @@ MOST_NAMED = 5
 def file_path() -> click.Path:
     """A path, unchecked: whether it exists is judged, in better words, where it is used."""
     return click.Path(path_type=Path)
+
+
+class AutoOr(click.IntRange):
+    """A whole number in a range, or the word auto."""
+
+    name = "number or auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number, or "auto" as it is."""
+        return value if value == "auto" else super().convert(value, param, ctx)
 
 
 def example(*lines: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hesper.cli.options import (
+    AutoOr,
     as_json,
     declined,
     example,
@@ -101,7 +102,22 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
 )
 @click.option("--rank", type=click.IntRange(1), default=24, show_default=True, metavar="R", help="Dimensions of the curvature metric.")
 @click.option("--gamma", type=float, default=0.35, show_default=True, metavar="G", help="Power of the token curvature.")
-@click.option("--rounds", type=click.IntRange(1, 8), default=2, show_default=True, help="Rounds of matching in a decision to merge.")
+@click.option(
+    "--rounds",
+    type=AutoOr(1, 8),
+    default="auto",
+    show_default=True,
+    metavar="N|auto",
+    help="Rounds of matching in a decision to merge. auto measures 1 and 2.",
+)
+@click.option(
+    "--multiple",
+    type=AutoOr(1),
+    default="auto",
+    show_default=True,
+    metavar="N|auto",
+    help="Of which adaptive counts are multiples, so that more images of a batch have equal ones (1: any count). auto: a 12th, at most 16.",
+)
 @click.option(
     "--refit/--no-refit",
     default=True,
@@ -211,7 +227,7 @@ def _settings(options: dict[str, Any], kind: str) -> Settings:
     from hesper.heart.criteria import Criterion
     from hesper.heart.prune import Settings
 
-    tokens = ("combine", "counts", "schedule", "tokens", "rank", "gamma", "rounds", "refit", "refine", "blocks")
+    tokens = ("combine", "counts", "schedule", "tokens", "rank", "gamma", "rounds", "multiple", "refit", "refine", "blocks")
     plain = (*tokens, "heads", "batch_size", "seed")
     _check_learning(options)
     criterion = Criterion(options["criterion"], options["temperature"], options["draws"])
@@ -225,6 +241,9 @@ def _check_learning(options: dict[str, Any]) -> None:
     for name, possible, under in (("refit", merges and options["criterion"] == "kl", " --criterion kl"), ("refine", merges, "")):
         if options[name] and not possible and source(name) is click.core.ParameterSource.COMMANDLINE:
             raise UsageError(f"--{name} is about merging tokens and needs --tokens --combine merge{under}; leave it out.")
+    adapts = options["tokens"] and options["counts"] == "adaptive"
+    if not adapts and source("multiple") is click.core.ParameterSource.COMMANDLINE:
+        raise UsageError("--multiple is about counts that adapt and needs --tokens --counts adaptive; leave it out.")
 
 
 def _budget(options: dict[str, Any], kind: Any) -> Budget:

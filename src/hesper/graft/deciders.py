@@ -15,7 +15,7 @@ from hesper.graft.decision import Decision
 from hesper.graft.layout import Layout
 from hesper.graft.linkage import Points, link, paired
 from hesper.graft.restoration import Restoration
-from hesper.graft.tokens import INFINITY, cheapest, similarity_prices
+from hesper.graft.tokens import INFINITY, cheapest, in_steps, similarity_prices
 from hesper.plan import TokenCut
 
 LARGEST_LOG_CURVATURE = 6.0
@@ -163,6 +163,7 @@ class KeyMerge(nn.Module):
         go = cheapest(price, threshold=self.cut.threshold, remove=self.cut.remove)
         if layout.gaps is not None:
             go &= layout.valid[:, 1::2]
+        go = in_steps(go, price, layout.lengths, self.cut.multiple)
         return paired(go, to, layout, first=1, step=2)
 
     def macs(self, entered: Counts, prefix: int) -> Counts:
@@ -246,7 +247,7 @@ class ScoredCut(nn.Module):
         """The decision for a batch."""
         layout, (price, _) = state.layout, self.prices(state)
         gone = cheapest(price, threshold=self.cut.threshold, remove=self.cut.remove) & layout.valid
-        gone = _leave_one(gone, price, layout)
+        gone = in_steps(_leave_one(gone, price, layout), price, layout.lengths, self.cut.multiple)
         if self.cut.combine == "drop":
             return paired(gone, None, layout)
         keys = nn.functional.normalize(layout.padded(state.key.mean(1)), dim=-1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -20,7 +21,7 @@ class Decision:
     ``gone`` ``[m]`` are the rows that leave, in ascending order, ``into`` ``[m]`` the row each merges into (None for drops), which
     never leaves itself; ``left`` counts the tokens of every image that stay. ``entered`` holds, for each round of matching, how many
     tokens of every image took part. ``device`` is where the rows are; the decision itself is kept on the host, where a few hundred
-    numbers are sorted out sooner than an operator starts.
+    numbers are sorted out sooner than an operator starts. ``order`` is how the images lie afterwards, None where as before.
 
     Example:
         >>> first = Decision(6, np.array([1, 3]), np.array([2, 2]), (4,))
@@ -37,6 +38,7 @@ class Decision:
     left: tuple[int, ...]
     entered: tuple[tuple[int, ...], ...] = ()
     device: torch.device | None = None
+    order: Sequence[int] | None = None
 
     @cached_property
     def _stays(self) -> npt.NDArray[np.bool_]:
@@ -46,15 +48,20 @@ class Decision:
 
     @cached_property
     def kept(self) -> Rows:
-        """``[rows - m]`` the rows that stay, in ascending order."""
-        return self._stays.nonzero()[0]
+        """``[rows - m]`` the rows that stay, image after image in their new order, ascending in each."""
+        rows: Rows = self._stays.nonzero()[0]
+        if self.order is None:
+            return rows
+        ends = np.cumsum(self.left)
+        return np.concatenate([rows[ends[image] - self.left[image] : ends[image]] for image in self.order])
 
     @cached_property
     def to(self) -> Rows:
         """``[m]`` where each row that leaves goes, counted among those that stay; for merges."""
         assert self.into is not None
-        where: Rows = np.cumsum(self._stays)[self.into] - 1
-        return where
+        where = np.empty(self.rows, dtype=np.int64)
+        where[self.kept] = np.arange(len(self.kept))
+        return where[self.into]
 
     @cached_property
     def staying(self) -> Tensor:
@@ -76,6 +83,15 @@ class Decision:
         member = np.concatenate([self.kept[homes], self.gone])
         group = np.concatenate([np.arange(len(homes)), np.cumsum(hit)[self.to] - 1])
         return Groups(*_held([homes, member, group, self.kept], self.device))
+
+    def by_count(self) -> Decision:
+        """The same, with images of fewer tokens before those of more, so that those of equal counts lie side by side.
+
+        >>> Decision(5, np.array([1]), np.array([0]), (3, 1)).by_count().kept.tolist()
+        [4, 0, 2, 3]
+        """
+        order = sorted(range(len(self.left)), key=self.left.__getitem__)
+        return self if order == list(range(len(order))) else replace(self, order=order)
 
     def then(self, later: Decision) -> Decision:
         """Both merges as one, where ``later`` was decided on the rows this one leaves."""

@@ -139,7 +139,8 @@ def grouped(stay: Tensor, layout: Layout) -> list[Group]:
         rows = torch.cat([torch.arange(layout.bounds[image], layout.bounds[image + 1]) for image in images])
         kept = tuple(head for head, stays in enumerate(pattern) if stays)
         gone = tuple(head for head, stays in enumerate(pattern) if not stays)
-        own = layout if len(images) == len(layout.counts) else layout.with_counts([layout.counts[image] for image in images])
+        counts = tuple(layout.counts[image] for image in images)
+        own = layout if len(images) == len(layout.counts) else Layout(counts, layout.prefix, layout.device)
         groups.append(Group(kept, gone, torch.tensor(images, device=stay.device), rows.to(stay.device), own))
     return groups
 

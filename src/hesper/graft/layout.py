@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -15,6 +15,9 @@ from hesper.graft.buckets import Buckets, side_by_side, together
 @dataclass(frozen=True)
 class Layout:
     """Counts of tokens per image; the ``prefix`` tokens of an image come first in its run of rows.
+
+    ``images`` says which image of the batch each run of rows is, None where they lie as in the batch. Everything here that is
+    "per image" is so in the order in which the images lie, unless it says otherwise.
 
     Example:
         >>> import torch
@@ -28,6 +31,7 @@ class Layout:
     counts: tuple[int, ...]
     prefix: int
     device: torch.device | None = None
+    images: tuple[int, ...] | None = None
 
     @cached_property
     def bounds(self) -> tuple[int, ...]:
@@ -141,7 +145,29 @@ class Layout:
 
     def with_counts(self, counts: Sequence[int]) -> Layout:
         """The same images with other counts."""
-        return Layout(tuple(int(c) for c in counts), self.prefix, self.device)
+        return replace(self, counts=tuple(int(c) for c in counts))
+
+    def arranged(self, order: Sequence[int]) -> Layout:
+        """The images in another ``order``."""
+        images = range(len(self.counts)) if self.images is None else self.images
+        return replace(self, counts=tuple(self.counts[i] for i in order), images=tuple(images[i] for i in order))
+
+    def listed(self, values: Sequence[int]) -> tuple[int, ...]:
+        """One number per image, in the order of the batch.
+
+        >>> Layout((3, 2), prefix=1, images=(1, 0)).listed((3, 2))
+        (2, 3)
+        """
+        return tuple(values) if self._found is None else tuple(values[where] for where in self._found)
+
+    def restored(self, values: Tensor) -> Tensor:
+        """One value per image ``[images, ...]``, in the order of the batch."""
+        return values if self._found is None else values.index_select(0, self._held(self._found))
+
+    @cached_property
+    def _found(self) -> list[int] | None:
+        """Where each image of the batch lies, None where that is its own place."""
+        return None if self.images is None else sorted(range(len(self.images)), key=self.images.__getitem__)
 
 
 def checkerboard(grid: tuple[int, int]) -> list[int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hesper.graft.decision import Decision, grouped_mean
 from hesper.graft.layout import Layout
-from hesper.graft.tokens import cheapest, ward_prices
+from hesper.graft.tokens import cheapest, in_steps, ward_prices
 from hesper.plan import TokenCut
 
 
@@ -43,7 +43,7 @@ def link(points: Points, cut: TokenCut, rounds: int) -> Decision:
 
     Alternate tokens are sources and destinations, so that one round takes at most every other token and half of all pairs are never
     compared; what is left stands in another order of odd and even, so the next round compares others. A count is shared out
-    over the rounds, a threshold holds for each.
+    over the rounds, a threshold and its multiple hold for each.
     """
     whole: Decision | None = None
     for number in range(rounds):
@@ -52,6 +52,7 @@ def link(points: Points, cut: TokenCut, rounds: int) -> Decision:
         go = cheapest(price, threshold=cut.threshold, remove=None if cut.remove is None else share(cut.remove, number, rounds))
         if layout.gaps is not None:
             go &= layout.valid[:, 1::2]
+        go = in_steps(go, price, layout.lengths, cut.multiple)
         decision = paired(go, to, layout, first=1, step=2)
         whole = decision if whole is None else whole.then(decision)
         if not len(decision.gone):

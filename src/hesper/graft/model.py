@@ -224,7 +224,8 @@ class GraftedViT(nn.Module):
         stream.add(half.update)
         if decider is not None and half.seen is not None:
             self._decide(index, decider, half.seen, stream, book)
-        book.add(layout.counts, layout.counts, stream.layout.counts, block.heads)
+        attended = layout.listed(layout.counts)
+        book.add(attended, attended, stream.layout.listed(stream.layout.counts), block.heads)
         stream.feed(block.feed)
 
     @eager
@@ -233,7 +234,7 @@ class GraftedViT(nn.Module):
         with torch.no_grad():
             state = State(stream.rows, seen.normed, seen.key, seen.value, seen.attention, stream.sizes(), stream.layout)
             decision = decider(state)
-        book.entered[index] = decision.entered
+        book.entered[index] = tuple(stream.layout.listed(entered) for entered in decision.entered)
         stream.carry_out(decision, decider.restoration)
 
     def _look_at_exponents(self) -> None:
@@ -257,7 +258,7 @@ class GraftedViT(nn.Module):
         if str(index) not in self.gates:
             return None
         stay: Tensor = self._gate(index)(reader_row(block, stream.rows, stream.size, stream.layout))
-        book.stay[index] = stay
+        book.stay[index] = stream.layout.restored(stay)
         return None if bool(stay.all()) else stay
 
     def _traffic(self, book: Book) -> Traffic:
@@ -299,11 +300,11 @@ class GraftedViT(nn.Module):
     def _read(self, stream: Stream, normed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What the classifier reads of ``normed`` rows: prefix, patches if it reads them, and what these count for."""
         layout = stream.layout
-        prefix = layout.prefix_rows(normed)
+        prefix = layout.restored(layout.prefix_rows(normed))
         if not self.plan.model.anatomy.reads_patches:
             return prefix, None, None
-        weight = None if stream.size is None and layout.rectangular else layout.padded(stream.sizes()) * layout.valid
-        return prefix, layout.padded(normed), weight
+        weight = None if stream.size is None and layout.rectangular else layout.restored(layout.padded(stream.sizes()) * layout.valid)
+        return prefix, layout.restored(layout.padded(normed)), weight
 
     @seam
     def _finish_readers(self, stream: Stream, book: Book) -> Tensor:
@@ -316,8 +317,12 @@ class GraftedViT(nn.Module):
         prefix = prefix_rows(stream) + update
         prefix = prefix + block.feed(prefix)
         readers = (layout.prefix,) * len(layout.counts)
-        book.add(layout.counts, readers, readers, block.heads)
-        return self.host.readout(self.host.norm(prefix), None)
+        book.add(layout.listed(layout.counts), readers, readers, block.heads)
+        return self.host.readout(self._in_batch_order(self.host.norm(prefix), layout), None)
+
+    @eager
+    def _in_batch_order(self, values: Tensor, layout: Layout) -> Tensor:
+        return layout.restored(values)
 
     def _check(self, images: Tensor) -> None:
         size = self.plan.model.anatomy.image_size

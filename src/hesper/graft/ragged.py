@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,16 +51,16 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int, gradient: bo
 
     | device | half precision, no gradient | otherwise |
     | --- | --- | --- |
-    | processor | per image | per image |
+    | processor | runs of equal counts | runs of equal counts |
     | CUDA | variable-length kernel where one runs | buckets |
     | any other | buckets | buckets |
 
     Example:
         >>> choose(torch.device("cpu"), torch.float32, 64, False).__name__
-        'per_image'
+        'run_by_run'
     """
     if device.type == "cpu":
-        return per_image
+        return run_by_run
     if not gradient and varlen_runs(device, dtype, head_dim):
         return varlen
     return bucketed
@@ -79,18 +79,25 @@ def as_mask(bias: Tensor, like: Tensor) -> Tensor:
     return bias.to(like.dtype).transpose(1, 2).contiguous()[:, :, None]
 
 
-def per_image(asked: Asked) -> Tensor:
-    """One call per image, on views."""
-    queries = asked.asking.split(asked.query.transpose(0, 1)[None], 2)
-    keys, values = (asked.layout.split(t.transpose(0, 1)[None], 2) for t in (asked.key, asked.value))
-    masks: Sequence[Tensor | None] = [None] * len(keys)
-    if asked.log_size is not None:
-        masks = asked.layout.split(as_mask(per_head(asked.log_size)[None], asked.query), 3)
-    mixed = [
-        scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=asked.scale).transpose(1, 2)
-        for query, key, value, mask in zip(queries, keys, values, masks, strict=True)
-    ]
-    return torch.cat(mixed, 1)[0].flatten(1)
+def run_by_run(asked: Asked) -> Tensor:
+    """One call per run of neighbouring images of equal counts, on views."""
+    runs = [(len(list(run)), *counts) for counts, run in itertools.groupby(zip(asked.asking.counts, asked.layout.counts, strict=True))]
+    # Along the tokens it is contiguous: a processor's kernel takes longer where it is not.
+    bias = None if asked.log_size is None else per_head(asked.log_size).to(asked.query.dtype).T.contiguous()
+    mixed, asks, has = [], 0, 0
+    for images, queries, keys in runs:
+        query = _apart(asked.query[asks : (asks := asks + images * queries)], images)
+        rows = slice(has, has := has + images * keys)
+        key, value = _apart(asked.key[rows], images), _apart(asked.value[rows], images)
+        mask = None if bias is None else bias[:, rows].view(len(bias), images, 1, keys).transpose(0, 1)
+        own = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=asked.scale)
+        mixed.append(own.transpose(1, 2).reshape(images * queries, -1))
+    return torch.cat(mixed)
+
+
+def _apart(rows: Tensor, images: int) -> Tensor:
+    """Packed rows ``[images * tokens, heads, head_dim]`` of images of equal counts as a view ``[images, heads, tokens, head_dim]``."""
+    return rows.view(images, -1, *rows.shape[1:]).transpose(1, 2)
 
 
 def bucketed(asked: Asked) -> Tensor:

@@ -23,6 +23,9 @@ PIECE = 512
 class Stream:
     """The packed rows ``[rows, width]``, where they lie, and how many original tokens each stands for.
 
+    Where a decision moves rows anyway they are put so that images of equal counts lie side by side: attention then takes these in one
+    call, on views.
+
     ``size`` ``[rows]`` is None while every token stands for itself. ``origin`` (when patches are followed) is the current row that
     stands for each original row, -1 where it was dropped. ``place`` ``[rows]`` (for hosts that read it) is where each row was
     embedded; what merges into a row leaves its place behind.
@@ -73,6 +76,7 @@ class Stream:
         """Take the decided tokens out; what is merged leaves its mass where it goes (:func:`~hesper.graft.restoration.restored_mean`)."""
         if not len(decision.gone):
             return
+        decision = decision.by_count()
         before, size, self._log_size = self.rows, self.sizes(), None
         if decision.into is None:
             self.rows = before.index_select(0, decision.staying)
@@ -80,7 +84,8 @@ class Stream:
         else:
             self.rows, self.size = restored_mean(before, size, decision, restoration)
         self.place = None if self.place is None else self.place.index_select(0, decision.staying)
-        self.layout = self.layout.with_counts(decision.left)
+        left = self.layout.with_counts(decision.left)
+        self.layout = left if decision.order is None else left.arranged(decision.order)
         self._trace(decision)
 
     def _trace(self, decision: Decision) -> None:
@@ -96,5 +101,5 @@ class Stream:
     def patch_map(self, first: Layout) -> Tensor:
         """``[images, patches]``: place among its image's patches of the one that stands for each original patch, -1 where dropped."""
         assert self.origin is not None
-        local = torch.where(self.origin >= 0, self.origin - self.layout.first_patch[first.image], -1)
+        local = torch.where(self.origin >= 0, self.origin - self.layout.restored(self.layout.first_patch)[first.image], -1)
         return first.padded(local)

@@ -86,6 +86,30 @@ def alternate_distances(points: Tensor, gaps: Tensor | None = None) -> Tensor:
     return torch.bmm(odd, even.transpose(-2, -1))
 
 
+def in_steps(go: Tensor, price: Tensor, counts: Tensor, multiple: int) -> Tensor:
+    """Of the candidates that ``go`` ``[images, candidates]`` the cheapest, as many as leave their image a ``multiple`` of tokens.
+
+    Where too few go for that, none do. Of equal prices the first goes first, so that an image does not depend on those beside it.
+
+    Args:
+        go: which candidates are cheap enough.
+        price: theirs, ``[images, candidates]``.
+        counts: ``[images]`` tokens of each image, all it has.
+        multiple: of which every count becomes one, if it changes; 1 leaves ``go`` as it is.
+
+    Example:
+        >>> price = torch.tensor([[3.0, 1.0, 2.0, 9.0]])
+        >>> in_steps(price < 5, price, torch.tensor([10]), 4).tolist()
+        [[False, True, True, False]]
+    """
+    if multiple == 1:
+        return go
+    many = go.sum(-1)
+    fewer = many - torch.minimum((many - counts) % multiple, many)
+    order = torch.sort(price.masked_fill(~go, INFINITY), dim=-1, stable=True).indices
+    return torch.zeros_like(go).scatter_(-1, order, torch.arange(go.shape[-1], device=go.device) < fewer[:, None])
+
+
 def cheapest(price: Tensor, *, threshold: float | None, remove: int | None) -> Tensor:
     """Which candidates go: all priced below ``threshold``, or exactly the ``remove`` cheapest of each image.
 

@@ -29,5 +29,5 @@ def stand_ins(where: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def full_grid(rows: Tensor, layout: Layout, where: Tensor) -> Tensor:
     """Packed ``rows`` ``[rows, width]`` as ``[images, prefix + patches, width]``; patch i is patch ``where[:, i]`` of its image's rows."""
-    prefix, first = layout.prefix_rows(rows), layout.first_patch
+    prefix, first = layout.restored(layout.prefix_rows(rows)), layout.restored(layout.first_patch)
     return torch.cat([prefix, rows[first[:, None] + where]], 1)

@@ -68,4 +68,4 @@ class Watched(GraftedViT):
             part.detach() for part in (seen.normed, seen.key, seen.value, seen.attention, stream.sizes())
         )
         self._state = State(stream.rows, normed, key, value, attention, size, stream.layout)
-        book.entered[index] = (stream.layout.counts,)
+        book.entered[index] = (stream.layout.listed(stream.layout.counts),)

@@ -20,9 +20,7 @@ MOST_TRIALS = 24
 CLOSE, FLAT, NARROW = 0.003, 1e-4, 1.01
 STEPS = 11
 ALIKE = 1e-9  # spread of kept MACs below which all images cost the same: fixed counts, or heads alone
-# What a further decision must be worth, for the many small steps and the memory traffic that MACs do not show: half of the 0.7 % of the
-# dense model's time that it takes in batches of 32. Around 0.5 to 0.66 of the MACs, drift rises by about 4 % for so much.
-DECISION_MACS, DECISION_DRIFT = 0.004, 1.04
+DRIFT_RATE = 12.0  # drift grows as exp(-12 MACs) where half to two thirds of them are kept (11 to 15 on two ViTs)
 IMPERCEPTIBLE = 0.0003  # nats of drift that no decision is worth
 # Powers of two around the dial that met the budget on fitting images: fixed beforehand, finer where the answer is likely.
 LADDER = (-5.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)
@@ -139,7 +137,7 @@ def _improved(
         return placed, Attempt(improvement.name, False, f"given up: {error}")
     kept, other = (result.kept_macs.mean for result in results)
     before, after = (float(result.drift_kl.mean()) for result in results)
-    after *= DECISION_DRIFT ** ((other - kept) / DECISION_MACS)  # as it would be at as many MACs
+    after *= math.exp(DRIFT_RATE * (other - kept))  # as it would be at as many MACs
     why = f"drift {after:.3g} nats with it, {before:.3g} without, at as many MACs"
     return new if after < before else placed, Attempt(improvement.name, after < before, why, before, after)
 
@@ -210,8 +208,8 @@ def _place_macs(
     The search for the first family's dial starts at ``dial``.
 
     The dials aim between five and one standard errors below the budget, as the fitting images foretell them for the difference
-    between the two samples. Deciding takes time that MACs do not show, many small steps, so a family that decides in more blocks
-    must drift less.
+    between the two samples. Deciding takes time that MACs do not show, so a family that decides more often, or in more rounds, must
+    drift less.
     """
     least = 1.0
     best: _Placement | None = None
@@ -248,9 +246,9 @@ class _Placement:
 
     @property
     def weighted_drift(self) -> float:
-        """Mean drift, made worse by every decision."""
-        decisions = self.family.decisions
-        return (float(self.evaluation.drift_kl.mean()) + IMPERCEPTIBLE * decisions) * DECISION_DRIFT**decisions
+        """Mean drift, as it would be if the time that deciding takes had to be saved in MACs."""
+        drift = float(self.evaluation.drift_kl.mean()) + IMPERCEPTIBLE * self.family.decisions
+        return drift * math.exp(DRIFT_RATE * self.family.deciding_time)
 
 
 def _slope(points: Sequence[OperatingPoint], near: float) -> float:
@@ -318,7 +316,7 @@ def _place_risk(families: Sequence[Family], budget: Budget, tune: Callable[[Fami
                 dial, macs = middle, evaluation.kept_macs.mean
             else:
                 high = middle
-        spent = macs + DECISION_MACS * family.decisions
+        spent = macs + family.deciding_time
         if best is None or spent < best[0]:
             best = (spent, dial, family, tried)
     assert best is not None
@@ -327,10 +325,10 @@ def _place_risk(families: Sequence[Family], budget: Budget, tune: Callable[[Fami
 
 
 def _refines_nothing(family: Family, best: Family, dial: float) -> bool:
-    """Whether cutting heads too need not be tried: its blocks are not the best, or at ``dial`` no head is cheap enough for good."""
+    """Whether cutting heads too need not be tried: it decides otherwise than the best, or at ``dial`` no head is cheap enough for good."""
     if family.heads == "none" or not family.blocks:
         return False
-    return family.blocks != best.blocks or (family.heads == "static" and not family.head_cuts(dial))
+    return (family.blocks, family.rounds) != (best.blocks, best.rounds) or (family.heads == "static" and not family.head_cuts(dial))
 
 
 def _risk(budget: Budget, evaluation: Evaluation) -> float:

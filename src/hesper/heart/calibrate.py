@@ -76,7 +76,7 @@ def _as_counts(plan: Plan, removed: list[float]) -> tuple[TokenCut, ...]:
         due += mean
         step = max(0, min(round(due), most_removed(left, rounds) if cut.combine == "merge" else left - 1))
         due, left = due - step, left - step
-        cuts.append(replace(cut, threshold=None, remove=step))
+        cuts.append(replace(cut, threshold=None, remove=step, multiple=1))
     return tuple(cuts)
 
 

@@ -27,6 +27,10 @@ STAGES: dict[Stages, tuple[int, float, float]] = {
 }
 # Where a decision matches in more than one round, deciding in every block gains nothing over every other one.
 SPARSE: tuple[Stages, ...] = ("third-middle", "alternate-early", "alternate-middle", "alternate")
+# What a decision and each of its rounds of matching take, as shares of the dense model's time: ViT-Tiny, batches of 32, two cores. A wider
+# model spends more on everything else.
+DECISION_TIME, ROUND_TIME, WIDTH = 0.007, 0.0035, 192
+LARGEST_MULTIPLE, STEPS = 16, 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +41,7 @@ class Family:
 
     ``blank`` is the plan without cuts; ``blocks`` are those that let tokens go; ``atlas`` holds the head prices, ``tables`` what pricing
     tokens needs. With fixed counts or a symmetric schedule, ``calibrated`` turns the dial into cuts by looking at calibration images.
+    Counts that adapt are multiples of ``multiple``.
     """
 
     name: str
@@ -47,10 +52,11 @@ class Family:
     atlas: Atlas
     tables: Tables
     calibrated: Callable[[Plan], tuple[TokenCut, ...]] | None = None
+    multiple: int = 1
 
     def at(self, dial: float) -> Plan:
         """The family's member at ``dial`` nats."""
-        tokens = tuple(TokenCut(block, self.combine, threshold=dial) for block in self.blocks)
+        tokens = tuple(TokenCut(block, self.combine, threshold=dial, multiple=self.multiple) for block in self.blocks)
         gates = self.head_gates(dial)
         plan = replace(self.blank, tokens=tokens, heads=self.head_cuts(dial), gates=gates, dial=dial if tokens or gates else None)
         if self.calibrated is None:
@@ -60,8 +66,19 @@ class Family:
 
     @property
     def decisions(self) -> int:
-        """How many times an image is decided on: gates, too, take time that MACs do not show."""
+        """How many times an image is decided on, on tokens and on heads."""
         return len(self.blocks) + len(self.head_gates(1.0))
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of matching of each decision on tokens."""
+        return 1 if self.blank.pricing is None or self.combine == "drop" else self.blank.pricing.rounds
+
+    @property
+    def deciding_time(self) -> float:
+        """What deciding takes, as a share of the dense model's time: many small steps and memory traffic, which MACs do not show."""
+        share = DECISION_TIME * self.decisions + ROUND_TIME * self.rounds * len(self.blocks)
+        return share * WIDTH / self.blank.model.anatomy.width
 
     def head_cuts(self, dial: float) -> tuple[HeadCut, ...]:
         """Heads whose price per MAC is below that of the dearest token cut: dial / MACs a token saves on average."""
@@ -116,3 +133,13 @@ def deciding_blocks(anatomy: Anatomy, stages: Stages) -> tuple[int, ...]:
     missed = anatomy.depth if anatomy.reads_patches else anatomy.depth - 1  # tokens cut later are missed by nobody
     first, last = (math.floor(anatomy.depth * share + 1e-9) for share in (start, end))
     return tuple(range(first, min(missed, max(1, last)), step))
+
+
+def steps_of(anatomy: Anatomy) -> int:
+    """Of what the counts of tokens should be multiples: images of equal counts share a call of attention, and small models have few tokens.
+
+    Example:
+        >>> steps_of(Anatomy(12, 192, 3, 64, 768, 197, 1, 1000, 768, (224, 224), (14, 14), False))
+        16
+    """
+    return min(LARGEST_MULTIPLE, 1 << max(0, (anatomy.tokens // STEPS).bit_length() - 1))

@@ -111,8 +111,7 @@ class Passes:
     def refit(self, sums: RefitSums, indices: Sequence[int], rank: int) -> Tables:
         """Tables fitted again along a cut model, the same in every process."""
         # Every process asks for the same digest: the tables it starts from came from one.
-        plan = sums.cut.plan
-        name = f"refit-{_digest(repr((plan.tokens, plan.heads, plan.gates)), sums.start.tensors)}"
+        name = f"refit-{_digest(_cuts(sums.cut.plan), sums.start.tensors)}"
         self.accumulate(name, "Fit along the cut", indices, sums, REFIT_BATCH)
         return self.team.first(sums.tables(rank))
 
@@ -126,7 +125,7 @@ class Passes:
         own = [index for step in range(steps) for index in order[step * together : (step + 1) * together][self.team.rank :: self.team.size]]
         part = len(own) // max(steps, 1)
         refinement = Refinement(module, plan, tables, steps, seed, self.team)
-        name, pace = f"refined-{_digest(repr((plan.tokens, plan.gates, order)), tables.tensors)}", Pace()
+        name, pace = f"refined-{_digest(_cuts(plan) + repr(order), tables.tensors)}", Pace()
         # Slopes are summed, so after as many steps all stand at the same place, and each may go on where the furthest has got to.
         found = [kept for kept in self.team.every(self.work.load(name)) if kept is not None]
         if kept := max(found, key=lambda kept: int(kept.notes["next"]), default=None):
@@ -219,10 +218,14 @@ class StoredLogits(Sequence[Tensor]):
 
 
 def _identity(cut: GraftedViT) -> str:
-    """What tells one cut model of the same network from another: what it cuts, and the tables by which it decides and merges."""
-    plan = cut.plan
+    """What tells one cut model of the same network from another: what it cuts and how that is priced, and the tables."""
     tables = {**cut.deciders.state_dict(prefix="deciders."), **cut.gates.state_dict(prefix="gates."), "size_exponent": cut.size_exponent}
-    return _digest(repr((plan.tokens, plan.heads, plan.gates, plan.skip_unread)), tables)
+    return _digest(_cuts(cut.plan), tables)
+
+
+def _cuts(plan: Plan) -> str:
+    """What a plan cuts and how that is priced."""
+    return repr((plan.pricing, plan.tokens, plan.heads, plan.gates, plan.skip_unread))
 
 
 def _digest(words: str, tensors: Mapping[str, Tensor]) -> str:

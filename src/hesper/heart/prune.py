@@ -17,7 +17,7 @@ from hesper.graft import GraftedViT, graft
 from hesper.heart.budget import Chosen, Improvement, Trial, check_sample, choose
 from hesper.heart.calibrate import Calibration, calibration
 from hesper.heart.criteria import Criterion, check_prices_heads
-from hesper.heart.family import SPARSE, STAGES, Counts, Family, Heads, Stages, deciding_blocks
+from hesper.heart.family import SPARSE, STAGES, Counts, Family, Heads, Stages, deciding_blocks, steps_of
 from hesper.heart.fit import Atlas, FitSums, SurveySums, Tables
 from hesper.heart.passes import Passes, Report, StoredLogits
 from hesper.heart.price import plan_price
@@ -42,7 +42,8 @@ class Settings:
     """How to prune.
 
     ``rank``, ``gamma`` and ``rounds`` shape merging, whose prices are fitted again on the cut model where ``refit`` says so and which is
-    refined in ``refine`` epochs (0: not at all); ``blocks`` says which blocks may let tokens go ("auto" measures).
+    refined in ``refine`` epochs (0: not at all); ``blocks`` says which blocks may let tokens go. "auto" measures which blocks, and one
+    or two rounds. Adaptive counts are multiples of ``multiple``; "auto" takes about a twelfth of the tokens, at most 16.
     """
 
     budget: Budget
@@ -54,7 +55,8 @@ class Settings:
     heads: Heads = "static"
     rank: int = 24
     gamma: float = 0.35
-    rounds: int = 2
+    rounds: int | Literal["auto"] = "auto"
+    multiple: int | Literal["auto"] = "auto"
     refit: bool = True
     refine: int = 5
     blocks: Stages | Literal["auto"] = "auto"
@@ -66,12 +68,15 @@ class Settings:
         check_budget(self.budget)
         for name, hint in get_type_hints(type(self)).items():
             options = [word for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part)]
-            if options and getattr(self, name) not in options:
-                raise UsageError(f"The setting {name} is {getattr(self, name)!r}; use {' or '.join(map(repr, options))}.")
+            value, numbers = getattr(self, name), int in get_args(hint)
+            if options and value not in options and not (numbers and type(value) is int):
+                known = [*map(repr, options), *["a whole number"] * numbers]
+                raise UsageError(f"The setting {name} is {value!r}; use {' or '.join(known)}.")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"The seed is {self.seed}; it must be a whole number from 0 to 2^63 - 1.")
-        if min(self.rank, self.batch_size, self.rounds) < 1 or not 0 <= self.gamma < float("inf"):
-            raise UsageError("Rank, rounds and batch size must be at least 1, and gamma a number of at least 0.")
+        numbers = [number for number in (self.rank, self.batch_size, self.rounds, self.multiple) if isinstance(number, int)]
+        if min(numbers) < 1 or not 0 <= self.gamma < float("inf"):
+            raise UsageError("Rank, rounds, multiple and batch size must be at least 1, and gamma a number of at least 0.")
         if self.refine < 0:
             raise UsageError(f"Merging cannot be refined in {self.refine} epochs; use 0 for not at all.")
         if self.heads == "adaptive":
@@ -118,6 +123,8 @@ def prune(
         check_labels(images, model.ref.anatomy.classes)
     if settings.tokens and settings.combine == "merge" and settings.rank > model.ref.anatomy.width:
         raise UsageError(f"The rank must be at most the model's width, {model.ref.anatomy.width}, not {settings.rank}.")
+    if settings.multiple != "auto" and settings.multiple > model.ref.anatomy.tokens:
+        raise UsageError(f"Counts cannot be multiples of {settings.multiple} where there are {model.ref.anatomy.tokens} tokens; use fewer.")
     if not model.host.heads_removable:
         settings = replace(settings, heads="none")
         if not settings.tokens:
@@ -192,18 +199,22 @@ class _Job:
 
     def _families(self, tables: Tables, atlas: Atlas) -> list[Family]:
         settings, anatomy = self.settings, self.model.ref.anatomy
-        several = settings.combine == "merge" and settings.rounds > 1
-        names: list[Stages] = list(SPARSE if several else STAGES) if settings.blocks == "auto" else [settings.blocks]
+        merges = settings.tokens and settings.combine == "merge"
+        several: tuple[int, ...] = ((2, 1) if settings.rounds == "auto" else (settings.rounds,)) if merges else (1,)
+        names: list[Stages] = list(SPARSE if max(several) > 1 else STAGES) if settings.blocks == "auto" else [settings.blocks]
         sets = {deciding_blocks(anatomy, name): name for name in reversed(names)}  # shallow models have the same blocks twice
         stages: dict[str, tuple[int, ...]] = (
             {name: blocks for blocks, name in reversed(sets.items())} if settings.tokens else {"heads alone": ()}
         )
         heads: list[Heads] = ["none", settings.heads] if settings.heads != "none" and settings.tokens else [settings.heads]
         shape = self._shape(tables)
+        multiple = steps_of(anatomy) if settings.multiple == "auto" else settings.multiple
         return [
-            Family(f"{name}, heads {kind}", self._blank(), stages[name], settings.combine, kind, atlas, tables, shape)
-            for name in stages
+            Family(name, self._blank(rounds), stages[blocks], settings.combine, kind, atlas, tables, shape, multiple)
+            for blocks in stages
+            for rounds in several
             for kind in heads
+            for name in (f"{blocks}{f', {rounds} rounds' if rounds > 1 else ''}, heads {kind}",)
         ]
 
     def _shape(self, tables: Tables) -> Calibration | None:
@@ -255,11 +266,11 @@ class _Job:
         blank = replace(family.blank, pricing=pricing)
         return replace(family, name=f"{family.name}, {how}", blank=blank, tables=tables, calibrated=self._shape(tables))
 
-    def _blank(self) -> Plan:
+    def _blank(self, rounds: int) -> Plan:
         settings = self.settings
         anatomy = self.model.ref.anatomy
         criterion = settings.criterion
-        pricing = Pricing(criterion.name, criterion.temperature, criterion.draws, settings.rank, settings.gamma, settings.rounds)
+        pricing = Pricing(criterion.name, criterion.temperature, criterion.draws, settings.rank, settings.gamma, rounds)
         provenance = Provenance(
             __version__,
             torch.__version__,

@@ -51,6 +51,8 @@ def _asked(plan: Plan, declined: Mapping[str, str]) -> list[str]:
         ):
             if text or name in declined:
                 lines += _labelled(label, text or f"no: {declined[name]}", _WHY_LINES)
+    if (multiple := max((cut.multiple for cut in plan.tokens), default=1)) > 1:
+        lines += _labelled("counts", f"of tokens are each image's own, in multiples of {multiple}")
     if plan.expected_loss is not None:
         lines += _labelled("expected", f"loss {_estimate(plan.expected_loss, ' nats')}")
     return lines

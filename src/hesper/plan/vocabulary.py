@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-SCHEMA = 4
+SCHEMA = 5
 
 Combine = Literal["merge", "drop"]
 BudgetKind = Literal["macs", "loss", "disagreement"]
@@ -50,12 +50,17 @@ class ModelRef:
 
 @dataclass(frozen=True)
 class TokenCut:
-    """Tokens leave after the attention of ``block``: all whose price in nats is below ``threshold``, or exactly ``remove``."""
+    """Tokens leave after the attention of ``block``: all whose price in nats is below ``threshold``, or exactly ``remove``.
+
+    With a threshold the dearest of them stay until an image has a ``multiple`` of tokens left (or as many as it had), so that counts
+    differ from image to image in steps.
+    """
 
     block: int
     combine: Combine
     threshold: float | None = None
     remove: int | None = None
+    multiple: int = 1
 
 
 @dataclass(frozen=True)

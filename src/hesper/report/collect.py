@@ -141,7 +141,9 @@ def command(facts: RunFacts) -> str:
             str(plan.pricing.rounds),
         ]
     if plan.tokens:
-        words += ["--combine", plan.tokens[0].combine, "--counts", "fixed" if plan.tokens[0].threshold is None else "adaptive"]
+        first = plan.tokens[0]
+        adaptive = ["adaptive", "--multiple", str(first.multiple)]
+        words += ["--combine", first.combine, "--counts", *(["fixed"] if first.threshold is None else adaptive)]
     for key in ("heads", "blocks", "batch_size"):
         words += [f"--{key.replace('_', '-')}", str(asked[key])] if asked.get(key) else []
     words += ["--no-refit"] if asked.get("refit") is False else []
