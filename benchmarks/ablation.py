@@ -48,6 +48,7 @@ class Choice:
     schedule: Schedule = "asymmetric"
     heads: Heads = "none"
     rounds: int = ROUNDS
+    multiple: int = 1
     tokens: bool = True
     refit: bool = False
     refined: bool = False
@@ -76,6 +77,7 @@ ROWS = {
     "tokens and heads adaptive": replace(MILD, heads="adaptive"),
     "1 round": replace(BASE, rounds=1),
     "3 rounds": replace(BASE, rounds=3),
+    **{f"multiples of {number}": replace(BASE, multiple=number) for number in (8, 16, 32)},
     **{f"blocks {name}": replace(BASE, blocks=name) for name in STAGES if name != BASE.blocks},
     "blocks every and 1 round": replace(BASE, blocks="every", rounds=1),
 }
@@ -113,7 +115,7 @@ class Bench:
         )
         shape = calibration(self.model.host.module, tables.tensors, lambda: self.shaping, choice.counts, choice.schedule)
         blocks = deciding_blocks(anatomy, choice.blocks) if choice.tokens else ()
-        return Family("row", plan, blocks, choice.combine, choice.heads, self.atlas, tables, shape)
+        return Family("row", plan, blocks, choice.combine, choice.heads, self.atlas, tables, shape, choice.multiple)
 
     def place(self, family: Family, target: float, seen: dict[float, float]) -> float | None:
         """The dial that meets the target, None where none does."""

@@ -68,9 +68,9 @@ class Settings:
         check_budget(self.budget)
         for name, hint in get_type_hints(type(self)).items():
             options = [word for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part)]
-            value, numbers = getattr(self, name), int in get_args(hint)
-            if options and value not in options and not (numbers and type(value) is int):
-                known = [*map(repr, options), *["a whole number"] * numbers]
+            value, countable = getattr(self, name), int in get_args(hint)
+            if options and value not in options and not (countable and type(value) is int):
+                known = [*map(repr, options), *["a whole number"] * countable]
                 raise UsageError(f"The setting {name} is {value!r}; use {' or '.join(known)}.")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"The seed is {self.seed}; it must be a whole number from 0 to 2^63 - 1.")
