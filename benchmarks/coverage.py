@@ -25,9 +25,10 @@ import hesper
 from hesper.data import batches, split
 from hesper.errors import JobError
 from hesper.graft import GraftedViT
-from hesper.heart.budget import Trial, choose
+from hesper.heart.budget import choose
 from hesper.heart.family import Family
 from hesper.heart.fit import Atlas, Tables
+from hesper.heart.placement import Trial
 from hesper.heart.prune import FIT_SHARE, MOST_FIT_IMAGES, TUNE_IMAGES
 from hesper.measure.evaluate import Evaluation, dense_logits, evaluate
 from hesper.plan import Budget, Plan, plan_hash

@@ -377,6 +377,7 @@ def _results(pruned: Pruned, images: ImageSet, skipped: Sequence[Skipped]) -> di
         "family": pruned.chosen.family.name,
         "dial": pruned.chosen.dial,
         "improvements": {attempt.name: dataclasses.asdict(attempt) for attempt in pruned.chosen.attempts},
+        "contenders": [dataclasses.asdict(contender) for contender in pruned.chosen.contenders],
         "classes": list(images.classes),
         "atlas": {
             "tokens": atlas.tokens.tolist(),

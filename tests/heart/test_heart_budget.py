@@ -148,6 +148,26 @@ def test_improvements_build_on_one_another_and_one_that_fails_or_makes_nothing_c
 
 
 @pytest.mark.parametrize("budget", [Budget("macs", 0.6, 0.95), Budget("loss", 0.05, 0.95)])
+@pytest.mark.parametrize(("close", "wins"), [(1.15, "slow to show, improved"), (9.0, "first, improved")])
+def test_sets_of_blocks_little_behind_are_improved_too_and_the_best_then_wins(budget, close, wins):
+    families = [dataclasses.replace(family(name), blocks=blocks) for name, blocks in (("first", (0, 2, 4)), ("slow to show", (1, 3, 5)))]
+    families.insert(1, dataclasses.replace(families[0], name="same blocks"))
+    drift = {"first": 1.0, "same blocks": 1.01, "slow to show": close, "first, improved": 0.95, "slow to show, improved": 0.5}
+    made = []
+
+    def improve(one, dial):
+        made.append(one.name)
+        return dataclasses.replace(one, name=f"{one.name}, improved")
+
+    step = Improvement("refine", lambda f: None, improve, lambda f: world(100, 1, drift[f.name]))
+    chosen = choose(families, budget, lambda f: world(100, 1, drift[f.name]), lambda f: world(400, 0, drift[f.name]), improvements=[step])
+    assert chosen.family.name == wins
+    assert made == ["first", "slow to show"][: 1 if close > 2 else 2] == [contender.family for contender in chosen.contenders]
+    assert all(contender.after < contender.before for contender in chosen.contenders) or budget.kind == "loss"
+    assert min(contender.after for contender in chosen.contenders) == chosen.contenders[len(made) - 1].after
+
+
+@pytest.mark.parametrize("budget", [Budget("macs", 0.6, 0.95), Budget("loss", 0.05, 0.95)])
 def test_an_improvement_that_is_interrupted_ends_the_job(budget):
     def interrupted(one, dial):
         raise Interrupted("one of the 2 processes died")

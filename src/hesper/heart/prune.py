@@ -14,12 +14,13 @@ from hesper.curvature import CrossEntropy, DenseKL
 from hesper.data import ImageSet, Skipped, check_labels, split
 from hesper.errors import UsageError
 from hesper.graft import GraftedViT, graft
-from hesper.heart.budget import Chosen, Improvement, Trial, check_sample, choose
+from hesper.heart.budget import Chosen, Improvement, check_sample, choose
 from hesper.heart.calibrate import Calibration, calibration
 from hesper.heart.criteria import Criterion, check_prices_heads
 from hesper.heart.family import SPARSE, STAGES, Counts, Family, Heads, Stages, deciding_blocks, steps_of
 from hesper.heart.fit import Atlas, FitSums, SurveySums, Tables
 from hesper.heart.passes import Passes, Report, StoredLogits
+from hesper.heart.placement import Trial
 from hesper.heart.price import plan_price
 from hesper.heart.refit import RefitSums
 from hesper.hosts.open import OpenModel

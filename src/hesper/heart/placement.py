@@ -1,0 +1,199 @@
+"""Where on its dial a family meets a budget, as the images that fitted it have it, and which families are worth improving."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from hesper.errors import JobError
+from hesper.heart.family import Family
+from hesper.measure.evaluate import Evaluation
+from hesper.plan import Budget, OperatingPoint, Plan
+
+Trial = Callable[[Plan], Evaluation]
+
+SMALLEST_DIAL, FIRST_DIAL, LARGEST_DIAL = 1e-9, 1e-5, 1e3
+MOST_TRIALS = 24
+CLOSE, FLAT, NARROW = 0.003, 1e-4, 1.01
+STEPS = 11
+ALIKE = 1e-9  # spread of kept MACs below which all images cost the same: fixed counts, or heads alone
+DRIFT_RATE = 12.0  # drift grows as exp(-12 MACs) where half to two thirds of them are kept (11 to 15 on two ViTs)
+IMPERCEPTIBLE = 0.0003  # nats of drift that no decision is worth
+# Powers of two around the dial that met the budget on fitting images: fixed beforehand, finer where the answer is likely.
+LADDER = (-5.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)
+SIGMAS = (5.0, 4.0, 3.2, 2.6, 2.1, 1.7, 1.3, 0.9)
+SAFE = (2.0, 0.7)  # steps in the dial's logarithm from which MACs are on the safe side whatever their slope was taken for
+# What is learned later lowers the drift of some sets of blocks by a quarter and of others not at all, so several are improved.
+FINALISTS, BEHIND = 3, 0.03
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """A family with the dial that met the budget on the fitting images, dials to prove it at, and what was measured on the way.
+
+    ``cost`` orders families of one budget: the share of the dense model's time that MACs and deciding take, and what a lower drift
+    could save of it.
+    """
+
+    family: Family
+    dial: float
+    dials: list[float]
+    points: list[OperatingPoint]
+    cost: float
+
+
+def place(
+    families: Sequence[Family],
+    budget: Budget,
+    tune: Callable[[Family], Trial],
+    compare: Callable[[Family], Trial] | None = None,
+    start: float | None = None,
+) -> list[Placed]:
+    """Families that meet the budget on the fitting images, the best first.
+
+    ``tune`` measures on the images that place the dial, ``compare`` on more of them how far a family drifts at a budget of MACs. The
+    search begins at ``start``, a dial.
+
+    Raises:
+        JobError: no family keeps the budget of MACs; says what can be had.
+    """
+    placed = _place_macs(families, budget, tune, compare, start) if budget.kind == "macs" else _place_risk(families, budget, tune)
+    return sorted(placed, key=lambda each: each.cost)
+
+
+def finalists(placed: Sequence[Placed]) -> list[Placed]:
+    """Of families in order the best of every set of blocks, as far as they are little behind the first."""
+    best: dict[tuple[int, ...], Placed] = {}
+    for each in placed:
+        if each.cost <= placed[0].cost + BEHIND:
+            best.setdefault(each.family.blocks, each)
+    return list(best.values())[:FINALISTS]
+
+
+def _place_macs(
+    families: Sequence[Family],
+    budget: Budget,
+    tune: Callable[[Family], Trial],
+    compare: Callable[[Family], Trial] | None,
+    dial: float | None,
+) -> list[Placed]:
+    """Each family at the dial that meets a budget of MACs, and dials that keep a little more and more of them.
+
+    Deciding takes time that MACs do not show, so a family that decides more often, or in more rounds, must drift less.
+    """
+    least, found = 1.0, list[Placed]()
+    for family in families:
+        if found and _refines_nothing(family, min(found, key=lambda each: each.cost)):
+            continue
+        dial, evaluation, tried = _dial_for_macs(family, tune(family), budget.value, start=dial or FIRST_DIAL)
+        least = min(least, *(point.macs for point in tried))
+        if dial is not None:
+            evaluation = evaluation if compare is None else compare(family)(family.at(dial))
+            kept, drift = evaluation.kept_macs.mean, float(evaluation.drift_kl.mean()) + IMPERCEPTIBLE * family.decisions
+            cost = kept + family.deciding_time + math.log(max(drift, 1e-12)) / DRIFT_RATE
+            found.append(Placed(family, dial, _dials(family, dial, evaluation, tried, budget.value), tried, cost))
+    if not found:
+        raise JobError(f"No plan keeps {budget.value:g} of the MACs; the least that can be had is {least:.3f}.")
+    return found
+
+
+def _dials(family: Family, dial: float, evaluation: Evaluation, tried: Sequence[OperatingPoint], limit: float) -> list[float]:
+    """Dials between five and one standard errors below the budget, as the fitting images foretell them for the two samples' difference."""
+    kept = evaluation.kept_macs
+    # Two samples of images differ: the tuned mean has its error, and so will the verified one.
+    error = kept.stderr * math.sqrt(1 + evaluation.n / family.blank.provenance.verify_images)
+    if error < ALIKE:
+        return [dial]
+    slope, short = _slope(tried, kept.mean), kept.mean - limit
+    steps = [min((sigmas * error + short) / slope, SAFE[0]) for sigmas in SIGMAS]
+    # Where MACs fall in steps, or few images say how fast, the slope deceives, and a first dial that fails would refuse the budget.
+    steps = [safe for safe in SAFE if safe > steps[0]] + steps
+    return [dial * math.exp(step) for step in steps]
+
+
+def _slope(points: Sequence[OperatingPoint], near: float) -> float:
+    """How fast a family's kept MACs fall with the logarithm of the dial around ``near``; a cautious guess where too little was measured."""
+    close = {(math.log(point.dial), point.macs) for point in points if abs(point.macs - near) < 0.1}
+    if len({x for x, _ in close}) < 2:
+        return 0.1
+    mean_x, mean_y = (sum(values) / len(close) for values in zip(*close, strict=True))
+    variance = sum((x - mean_x) ** 2 for x, _ in close)
+    slope = -sum((x - mean_x) * (y - mean_y) for x, y in close) / variance
+    return float(max(slope, 0.01))
+
+
+def _dial_for_macs(
+    family: Family, trial: Trial, target: float, start: float = FIRST_DIAL
+) -> tuple[float | None, Evaluation, list[OperatingPoint]]:
+    """The dial whose mean MACs lie just below ``target``; None where no dial reaches it.
+
+    Mean MACs fall with the dial, nearly linearly in its logarithm: false position between a dial that keeps too much and one that
+    keeps too little, after walking out from ``start`` by factors of four until there is one of each.
+    """
+    tried: list[OperatingPoint] = []
+    mild: tuple[float, float] | None = None
+    best: tuple[float, Evaluation] | None = None
+    dial = start
+    while len(tried) < MOST_TRIALS:
+        evaluation = trial(family.at(dial))
+        tried.append(point(dial, evaluation))
+        kept = evaluation.kept_macs.mean
+        if kept > target:
+            if dial >= LARGEST_DIAL:
+                break
+            flat = mild is not None and best is None and mild[1] - kept < FLAT
+            mild = (dial, kept)
+            if flat:
+                dial = LARGEST_DIAL  # either nothing more can be had, or the next step is far away
+                continue
+        else:
+            best = (dial, evaluation)
+            if target - kept < CLOSE or dial <= SMALLEST_DIAL:
+                break
+        if best is None or mild is None:
+            dial = dial * 4 if best is None else dial / 4
+            continue
+        if best[0] / mild[0] < NARROW:
+            break
+        share = (mild[1] - target + CLOSE / 2) / (mild[1] - best[1].kept_macs.mean)
+        dial = mild[0] * (best[0] / mild[0]) ** min(max(share, 0.1), 0.9)
+    return (None, evaluation, tried) if best is None else (*best, tried)
+
+
+def _place_risk(families: Sequence[Family], budget: Budget, tune: Callable[[Family], Trial]) -> list[Placed]:
+    """What each family saves at a budget of loss or disagreement, and a ladder of dials around the place where it is met."""
+    found = list[Placed]()
+    for family in families:
+        if found and _refines_nothing(family, (best := min(found, key=lambda each: each.cost)), best.dial * 2 ** LADDER[-1]):
+            continue
+        trial, tried = tune(family), list[OperatingPoint]()
+        dial, high, macs = 1e-8, LARGEST_DIAL, 1.0
+        for _ in range(STEPS):
+            middle = math.sqrt(dial * high)
+            evaluation = trial(family.at(middle))
+            tried.append(point(middle, evaluation))
+            if _risk(budget, evaluation) <= budget.value:
+                dial, macs = middle, evaluation.kept_macs.mean
+            else:
+                high = middle
+        found.append(Placed(family, dial, [dial * 2**step for step in LADDER], tried, macs + family.deciding_time))
+    return found
+
+
+def _refines_nothing(family: Family, best: Placed, dial: float | None = None) -> bool:
+    """Whether cutting heads too need not be tried: it decides otherwise than the best, or at ``dial`` no head is cheap enough for good."""
+    if family.heads == "none" or not family.blocks:
+        return False
+    other = (family.blocks, family.rounds) != (best.family.blocks, best.family.rounds)
+    return other or (family.heads == "static" and not family.head_cuts(dial or best.dial))
+
+
+def _risk(budget: Budget, evaluation: Evaluation) -> float:
+    return float(evaluation.drift_kl.mean()) if budget.kind == "loss" else 1 - float(evaluation.agreement.mean())
+
+
+def point(dial: float, evaluation: Evaluation, verified: bool = False) -> OperatingPoint:
+    """A member of a family as it was measured."""
+    agreement = float(evaluation.agreement.mean())
+    return OperatingPoint(dial, evaluation.kept_macs.mean, float(evaluation.drift_kl.mean()), agreement, evaluation.n, verified)
