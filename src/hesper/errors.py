@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-__all__ = ["DISK_FULL", "HesperError", "Interrupted", "JobError", "UsageError"]
+__all__ = ["DISK_FULL", "HesperError", "Interrupted", "JobError", "OutOfReach", "Unverified", "UsageError"]
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -29,6 +29,10 @@ class JobError(HesperError):
     """The request was right, but the job could not be done."""
 
     exit_code: int = 1
+
+
+class OutOfReach(JobError):
+    """No plan among those tried keeps the budget, however much they cut."""
 
 
 class Interrupted(JobError):

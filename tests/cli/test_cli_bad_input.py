@@ -144,7 +144,7 @@ def test_learning_about_merging_where_nothing_merges(ask: Ask, words: tuple[str,
         (("--multiple", "4", "--no-tokens"), "--multiple is about counts that adapt"),
         (("--multiple", "0"), "--multiple"),
         (("--multiple", "some"), "--multiple"),
-        (("--multiple", "1000"), "multiples of 1000 where there are 101 tokens"),
+        (("--multiple", "101"), "Counts of 101 tokens at most cannot be multiples of 101; use a smaller multiple"),
         (("--rounds", "9"), "--rounds"),
         (("--rounds", "few"), "--rounds"),
     ],
@@ -153,10 +153,28 @@ def test_numbers_of_rounds_and_multiples_that_cannot_be(ask: Ask, words: tuple[s
     assert says in sentence(ask("--macs", 0.9, *words), 2)
 
 
-@pytest.mark.parametrize("setting", [{"rounds": 0}, {"rounds": "few"}, {"multiple": 0}, {"multiple": 2.5}, {"rounds": True}])
-def test_settings_that_are_no_numbers_of_rounds_or_multiples(setting: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"rounds": 0},
+        {"rounds": "few"},
+        {"multiple": 0},
+        {"multiple": 2.5},
+        {"rounds": True},
+        {"rank": 24.0},
+        {"batch_size": 0},
+        {"rank": "24"},
+    ],
+)
+def test_settings_that_are_no_numbers(setting: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(setting))):
         package.Settings(Budget("macs", 0.9, 0.9), **setting)
+
+
+@pytest.mark.parametrize("other", [{"counts": "fixed"}, {"tokens": False}])
+def test_a_multiple_where_no_counts_adapt(other: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="counts that adapt"):
+        package.Settings(Budget("macs", 0.9, 0.9), multiple=4, **other)
 
 
 def test_a_budget_out_of_reach_says_what_can_be_had(ask: Ask) -> None:

@@ -43,6 +43,8 @@ def test_the_record_says_what_was_asked_and_holds_the_evaluation(pruned: tuple[P
     out, result = pruned
     first, second = open_run(out).entries
     assert first.asked["macs"] == 0.9 and first.asked["criterion"] == "kl"
+    (contender,) = first.results["contenders"]
+    assert contender["family"] in first.results["family"] and contender["after"] <= contender["before"]
     assert first.asked["command"].startswith(f"hesper prune {NAME} --calib ") and "--blocks alternate-early" in first.asked["command"]
     assert "--temperature" not in first.asked["command"]
     assert second.kind == "eval" and second.results["evaluation"]["n"] == 24
@@ -106,6 +108,15 @@ def test_counts_are_multiples_as_asked_and_rounds_are_measured(tmp_path: Path, w
     assert first.pricing is not None and second.pricing is not None
     assert (first.tokens[0].multiple, first.pricing.rounds) == (5, 3)
     assert second.tokens[0].multiple == steps_of(second.model.anatomy) == 8 and second.pricing.rounds in (1, 2)
+
+
+def test_a_budget_that_steps_cannot_keep_is_kept_without_them(tmp_path: Path, weights: Path, images: Path) -> None:
+    words = ("prune", NAME, "--weights", weights, "--calib", images, "--macs", 0.33, *QUICK)
+    said = sentence(hesper(*words, "--multiple", 8, "--out", tmp_path / "steps"), 1)
+    assert "with counts in multiples of 8; smaller multiples keep less" in said
+    result = hesper(*words, "--out", tmp_path / "auto")
+    assert result.exit_code == 0, result.stderr
+    assert {cut.multiple for cut in open_run(tmp_path / "auto").plan.tokens} == {1}
 
 
 def test_the_command_line_and_python_ask_for_the_same_by_default() -> None:

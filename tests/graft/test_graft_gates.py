@@ -92,6 +92,7 @@ def test_dropped_tokens_and_skipped_heads_are_gates_of_zero_together(criterion: 
 
 MIXED = [
     ("kl", "merge", {"threshold": 64.0}),
+    ("kl", "merge", {"threshold": 64.0, "multiple": 2}),
     ("kl", "drop", {"threshold": 0.06}),
     ("cls", "merge", {"threshold": 0.06}),
     ("tome", "merge", {"threshold": 0.6}),
@@ -110,12 +111,13 @@ def test_an_image_does_not_care_who_shares_its_batch(kind: str, criterion: str, 
     cut = gated(model, criterion=criterion, cuts=cuts_of(combine, [0, 1, 2], **how), skip_unread=kind != "pooled", heads=[HeadCut(1, (2,))])
     images = pictures(6)
     chosen = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=6))
-    together = cut.run(images[chosen], trace=True)
+    together, features = cut.run(images[chosen], trace=True), cut.forward_features(images[chosen])
     assert together.used is not None and together.sources is not None
     for place, image in enumerate(chosen):
         alone = cut.run(images[image : image + 1], trace=True)
         assert alone.used is not None and alone.sources is not None
         torch.testing.assert_close(together.logits[place], alone.logits[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(features[place], cut.forward_features(images[image : image + 1])[0], rtol=1e-4, atol=1e-4)
         assert together.macs[place] == alone.macs[0] and torch.equal(together.used[place], alone.used[0])
         assert all(torch.equal(ours[place], theirs[0]) for ours, theirs in zip(together.sources, alone.sources, strict=True))
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hesper.cost import head_macs
-from hesper.errors import Interrupted, JobError, UsageError
+from hesper.errors import Interrupted, JobError, OutOfReach, UsageError
 from hesper.heart.budget import Improvement, _rounded_up, check_sample, choose
 from hesper.heart.family import STAGES, Family, affordable_heads, deciding_blocks
 from hesper.heart.fit import Atlas, Tables
@@ -295,6 +295,41 @@ def test_a_second_round_must_be_worth_its_time():
     assert pick(Budget("macs", 0.6, 0.95), families=[two, one], drift={"2 rounds": 3.0, "1 rounds": 10.0}).family is two
     wide = dataclasses.replace(two.blank.model, anatomy=dataclasses.replace(TINY, width=768, heads=12))
     assert dataclasses.replace(two, blank=dataclasses.replace(two.blank, model=wide)).deciding_time == pytest.approx(two.deciding_time / 4)
+
+
+def test_heads_are_tried_with_the_best_number_of_rounds_though_heads_did_better_with_another():
+    families = [
+        dataclasses.replace(rounds_of(number), heads=heads, name=f"{number} {heads}") for number in (2, 1) for heads in ("none", "static")
+    ]
+    drift = {"2 none": 100.0, "2 static": 40.0, "1 none": 90.0, "1 static": 30.0}
+    assert pick(Budget("macs", 0.6, 0.95), families=families, drift=drift).family.name == "1 static"
+
+
+def test_a_drop_decides_in_one_round_and_depth_dilutes_what_deciding_takes():
+    two, drops = rounds_of(2), dataclasses.replace(rounds_of(2), combine="drop")
+    assert drops.rounds == 1 and drops.deciding_time < two.deciding_time
+    deep = dataclasses.replace(two.blank.model, anatomy=dataclasses.replace(TINY, depth=24))
+    assert dataclasses.replace(two, blank=dataclasses.replace(two.blank, model=deep)).deciding_time == pytest.approx(two.deciding_time / 2)
+
+
+def test_of_equal_risk_the_family_that_decides_less_wins():
+    fewer = dataclasses.replace(family("fewer"), blocks=(0, 2, 4, 6))
+    assert pick(Budget("loss", 0.05, 0.95), families=[family("more"), fewer]).family is fewer
+
+
+def test_a_budget_out_of_reach_of_counts_in_steps_says_so():
+    steps = dataclasses.replace(family(), multiple=16)
+    with pytest.raises(OutOfReach, match=r"least that can be had is 0\.\d+ with counts in multiples of 16; smaller multiples keep less"):
+        pick(Budget("macs", 0.01, 0.95), families=[steps])
+
+
+@pytest.mark.parametrize(("sets", "taken"), [(5, 3), (1, 1)])
+def test_no_more_than_three_sets_are_improved_and_none_where_nothing_can_be(sets, taken):
+    families = [dataclasses.replace(family(str(first)), blocks=(first, 10)) for first in range(sets)]
+    for obstacle, expected in ((None, taken), ("too few images", 1)):
+        step = Improvement("refine", lambda f, why=obstacle: why, lambda f, dial: f, lambda f: world(100, 1))
+        chosen = choose(families, Budget("macs", 0.6, 0.95), lambda f: world(100, 1), lambda f: world(400, 0), improvements=[step])
+        assert len(chosen.contenders) == expected
 
 
 def test_heads_that_adapt_must_be_worth_the_time_their_gates_take():

@@ -41,6 +41,19 @@ def test_fixed_counts_follow_the_mean_of_the_adaptive_plan(combine):
     assert np.abs(np.cumsum([cut.remove for cut in cuts]) - np.cumsum(mean)).max() <= 0.5 + 1e-9
 
 
+@pytest.mark.parametrize("schedule", ["asymmetric", "symmetric"])
+def test_fixed_counts_know_no_multiple(schedule):
+    _, plan, _, shape = setting("merge", "fixed", schedule)
+    cuts = shape(plan)
+    assert shape(replace(plan, tokens=tuple(replace(cut, multiple=4) for cut in plan.tokens))) == cuts
+    assert {cut.multiple for cut in cuts} == {1}
+
+
+def test_symmetric_thresholds_keep_their_multiple():
+    _, plan, _, shape = setting("merge", "adaptive", "symmetric")
+    assert {cut.multiple for cut in shape(replace(plan, tokens=tuple(replace(cut, multiple=4) for cut in plan.tokens)))} == {4}
+
+
 @pytest.mark.parametrize("combine", ["merge", "drop"])
 def test_symmetric_counts_take_the_same_share_of_what_is_left(combine):
     _, plan, _, shape = setting(combine, "fixed", "symmetric")

@@ -108,7 +108,7 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
     default="auto",
     show_default=True,
     metavar="N|auto",
-    help="Rounds of matching in a decision to merge. auto measures 1 and 2.",
+    help="Rounds of matching in a decision to merge. auto measures 1 and 2, in sets of every other or third block.",
 )
 @click.option(
     "--multiple",
@@ -116,7 +116,7 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
     default="auto",
     show_default=True,
     metavar="N|auto",
-    help="Of which adaptive counts are multiples, so that more images of a batch have equal ones (1: any count). auto: a 12th, at most 16.",
+    help="Of which adaptive counts are multiples, so that more images of a batch have equal ones (1: any). auto: 16, less for few tokens.",
 )
 @click.option(
     "--refit/--no-refit",

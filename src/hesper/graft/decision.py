@@ -95,6 +95,7 @@ class Decision:
 
     def then(self, later: Decision) -> Decision:
         """Both merges as one, where ``later`` was decided on the rows this one leaves."""
+        assert self.order is None  # ``later`` speaks of the rows in the order in which they are left
         gone, into = self.gone, self.into
         if len(later.gone):
             assert into is not None and later.into is not None

@@ -162,7 +162,12 @@ class Layout:
 
     def restored(self, values: Tensor) -> Tensor:
         """One value per image ``[images, ...]``, in the order of the batch."""
-        return values if self._found is None else values.index_select(0, self._held(self._found))
+        return values if self._found is None else values.index_select(0, self._places_found)
+
+    @cached_property
+    def _places_found(self) -> Tensor:
+        assert self._found is not None
+        return self._held(self._found)
 
     @cached_property
     def _found(self) -> list[int] | None:

@@ -23,8 +23,8 @@ PIECE = 512
 class Stream:
     """The packed rows ``[rows, width]``, where they lie, and how many original tokens each stands for.
 
-    Where a decision moves rows anyway they are put so that images of equal counts lie side by side: attention then takes these in one
-    call, on views.
+    Where a decision moves rows anyway they are put so that images of equal counts lie side by side: on a processor, attention then takes
+    these in one call, on views.
 
     ``size`` ``[rows]`` is None while every token stands for itself. ``origin`` (when patches are followed) is the current row that
     stands for each original row, -1 where it was dropped. ``place`` ``[rows]`` (for hosts that read it) is where each row was

@@ -34,10 +34,11 @@ def calibration(
     def cuts(plan: Plan) -> tuple[TokenCut, ...]:
         if not plan.tokens:
             return ()
-        removed = mean_removed(graft(module, plan, tensors), batches())
+        smooth = replace(plan, tokens=tuple(replace(cut, multiple=1) for cut in plan.tokens))
+        removed = mean_removed(graft(module, smooth, tensors), batches())
         if schedule == "symmetric":
             removed = _same_share(plan, removed)
-        fixed = _as_counts(plan, removed)
+        fixed = as_counts(plan, removed)
         if counts == "fixed":
             return fixed
         return _as_thresholds(plan, fixed, graft(module, replace(plan, tokens=fixed, dial=None), tensors), batches())
@@ -64,7 +65,7 @@ def _same_share(plan: Plan, removed: list[float]) -> list[float]:
     return [patches * (1 - share) ** index * share for index in range(len(removed))]
 
 
-def _as_counts(plan: Plan, removed: list[float]) -> tuple[TokenCut, ...]:
+def as_counts(plan: Plan, removed: list[float]) -> tuple[TokenCut, ...]:
     """Whole numbers whose running sum follows the running sum of the means, so that roundings do not add up.
 
     A merge takes what its rounds can, a drop leaves at least one.

@@ -27,9 +27,9 @@ STAGES: dict[Stages, tuple[int, float, float]] = {
 }
 # Where a decision matches in more than one round, deciding in every block gains nothing over every other one.
 SPARSE: tuple[Stages, ...] = ("third-middle", "alternate-early", "alternate-middle", "alternate")
-# What a decision and each of its rounds of matching take, as shares of the dense model's time: ViT-Tiny, batches of 32, two cores. A wider
-# model spends more on everything else.
-DECISION_TIME, ROUND_TIME, WIDTH = 0.007, 0.0035, 192
+# What a decision on tokens and each of its rounds of matching take: shares of ViT-Tiny's dense time in batches of 32 on two cores.
+# A wider model spends more on everything else, and a deeper one is run through more blocks. A gate is charged like a decision.
+DECISION_TIME, ROUND_TIME, WIDTH, DEPTH = 0.007, 0.0035, 192, 12
 LARGEST_MULTIPLE, STEPS = 16, 12
 
 
@@ -78,7 +78,8 @@ class Family:
     def deciding_time(self) -> float:
         """What deciding takes, as a share of the dense model's time: many small steps and memory traffic, which MACs do not show."""
         share = DECISION_TIME * self.decisions + ROUND_TIME * self.rounds * len(self.blocks)
-        return share * WIDTH / self.blank.model.anatomy.width
+        anatomy = self.blank.model.anatomy
+        return share * WIDTH / anatomy.width * DEPTH / anatomy.depth
 
     def head_cuts(self, dial: float) -> tuple[HeadCut, ...]:
         """Heads whose price per MAC is below that of the dearest token cut: dial / MACs a token saves on average."""
@@ -136,7 +137,9 @@ def deciding_blocks(anatomy: Anatomy, stages: Stages) -> tuple[int, ...]:
 
 
 def steps_of(anatomy: Anatomy) -> int:
-    """Of what the counts of tokens should be multiples: images of equal counts share a call of attention, and small models have few tokens.
+    """Of what the counts of tokens should be multiples: the largest power of two up to a twelfth of the tokens, at most 16.
+
+    Images of equal counts share a call of attention, but small models have few tokens to be exact with.
 
     Example:
         >>> steps_of(Anatomy(12, 192, 3, 64, 768, 197, 1, 1000, 768, (224, 224), (14, 14), False))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hesper.errors import JobError
+from hesper.errors import OutOfReach
 from hesper.heart.family import Family
 from hesper.measure.evaluate import Evaluation
 from hesper.plan import Budget, OperatingPoint, Plan
@@ -32,8 +32,8 @@ FINALISTS, BEHIND = 3, 0.03
 class Placed:
     """A family with the dial that met the budget on the fitting images, dials to prove it at, and what was measured on the way.
 
-    ``cost`` orders families of one budget: the share of the dense model's time that MACs and deciding take, and what a lower drift
-    could save of it.
+    ``cost`` orders families of one budget: the share of the dense model's time that MACs and deciding take; with a budget of MACs, where
+    drifts differ, less what a lower drift could save of it.
     """
 
     family: Family
@@ -56,8 +56,9 @@ def place(
     search begins at ``start``, a dial.
 
     Raises:
-        JobError: no family keeps the budget of MACs; says what can be had.
+        OutOfReach: no family keeps the budget of MACs; says what can be had.
     """
+    families = sorted(families, key=lambda family: family.heads != "none")  # cutting heads too is tried on the best of the others
     placed = _place_macs(families, budget, tune, compare, start) if budget.kind == "macs" else _place_risk(families, budget, tune)
     return sorted(placed, key=lambda each: each.cost)
 
@@ -80,11 +81,12 @@ def _place_macs(
 ) -> list[Placed]:
     """Each family at the dial that meets a budget of MACs, and dials that keep a little more and more of them.
 
-    Deciding takes time that MACs do not show, so a family that decides more often, or in more rounds, must drift less.
+    The search for a family's dial begins at that of the family before, or at ``dial``. Deciding takes time that MACs do not show, so a
+    family that decides more often, or in more rounds, must drift less.
     """
     least, found = 1.0, list[Placed]()
     for family in families:
-        if found and _refines_nothing(family, min(found, key=lambda each: each.cost)):
+        if found and _refines_nothing(family, _whole(found)):
             continue
         dial, evaluation, tried = _dial_for_macs(family, tune(family), budget.value, start=dial or FIRST_DIAL)
         least = min(least, *(point.macs for point in tried))
@@ -94,7 +96,9 @@ def _place_macs(
             cost = kept + family.deciding_time + math.log(max(drift, 1e-12)) / DRIFT_RATE
             found.append(Placed(family, dial, _dials(family, dial, evaluation, tried, budget.value), tried, cost))
     if not found:
-        raise JobError(f"No plan keeps {budget.value:g} of the MACs; the least that can be had is {least:.3f}.")
+        steps = max(family.multiple for family in families)
+        hint = f" with counts in multiples of {steps}; smaller multiples keep less" if steps > 1 else ""
+        raise OutOfReach(f"No plan keeps {budget.value:g} of the MACs; the least that can be had is {least:.3f}{hint}.")
     return found
 
 
@@ -165,7 +169,7 @@ def _place_risk(families: Sequence[Family], budget: Budget, tune: Callable[[Fami
     """What each family saves at a budget of loss or disagreement, and a ladder of dials around the place where it is met."""
     found = list[Placed]()
     for family in families:
-        if found and _refines_nothing(family, (best := min(found, key=lambda each: each.cost)), best.dial * 2 ** LADDER[-1]):
+        if found and _refines_nothing(family, (best := _whole(found)), best.dial * 2 ** LADDER[-1]):
             continue
         trial, tried = tune(family), list[OperatingPoint]()
         dial, high, macs = 1e-8, LARGEST_DIAL, 1.0
@@ -179,6 +183,11 @@ def _place_risk(families: Sequence[Family], budget: Budget, tune: Callable[[Fami
                 high = middle
         found.append(Placed(family, dial, [dial * 2**step for step in LADDER], tried, macs + family.deciding_time))
     return found
+
+
+def _whole(found: Sequence[Placed]) -> Placed:
+    """The best of those that cut no heads, or of all."""
+    return min([each for each in found if each.family.heads == "none"] or found, key=lambda each: each.cost)
 
 
 def _refines_nothing(family: Family, best: Placed, dial: float | None = None) -> bool:

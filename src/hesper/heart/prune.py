@@ -12,7 +12,7 @@ import torch
 
 from hesper.curvature import CrossEntropy, DenseKL
 from hesper.data import ImageSet, Skipped, check_labels, split
-from hesper.errors import UsageError
+from hesper.errors import OutOfReach, UsageError
 from hesper.graft import GraftedViT, graft
 from hesper.heart.budget import Chosen, Improvement, check_sample, choose
 from hesper.heart.calibrate import Calibration, calibration
@@ -44,7 +44,8 @@ class Settings:
 
     ``rank``, ``gamma`` and ``rounds`` shape merging, whose prices are fitted again on the cut model where ``refit`` says so and which is
     refined in ``refine`` epochs (0: not at all); ``blocks`` says which blocks may let tokens go. "auto" measures which blocks, and one
-    or two rounds. Adaptive counts are multiples of ``multiple``; "auto" takes about a twelfth of the tokens, at most 16.
+    or two rounds. Adaptive counts are multiples of ``multiple``; "auto" takes :func:`~hesper.heart.family.steps_of` the model, or 1 where
+    that cannot keep the budget.
     """
 
     budget: Budget
@@ -75,9 +76,14 @@ class Settings:
                 raise UsageError(f"The setting {name} is {value!r}; use {' or '.join(known)}.")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"The seed is {self.seed}; it must be a whole number from 0 to 2^63 - 1.")
-        numbers = [number for number in (self.rank, self.batch_size, self.rounds, self.multiple) if isinstance(number, int)]
-        if min(numbers) < 1 or not 0 <= self.gamma < float("inf"):
-            raise UsageError("Rank, rounds, multiple and batch size must be at least 1, and gamma a number of at least 0.")
+        for name in ("rank", "batch_size", "rounds", "multiple"):
+            number = getattr(self, name)
+            if number != "auto" and (type(number) is not int or number < 1):
+                raise UsageError(f"The setting {name} is {number!r}; it must be a whole number of at least 1.")
+        if not 0 <= self.gamma < float("inf"):
+            raise UsageError(f"The setting gamma is {self.gamma}; it must be a number of at least 0.")
+        if self.multiple != "auto" and (self.counts == "fixed" or not self.tokens):
+            raise UsageError("A multiple is about counts that adapt; leave it at 'auto' where counts are fixed or no tokens go.")
         if self.refine < 0:
             raise UsageError(f"Merging cannot be refined in {self.refine} epochs; use 0 for not at all.")
         if self.heads == "adaptive":
@@ -124,8 +130,8 @@ def prune(
         check_labels(images, model.ref.anatomy.classes)
     if settings.tokens and settings.combine == "merge" and settings.rank > model.ref.anatomy.width:
         raise UsageError(f"The rank must be at most the model's width, {model.ref.anatomy.width}, not {settings.rank}.")
-    if settings.multiple != "auto" and settings.multiple > model.ref.anatomy.tokens:
-        raise UsageError(f"Counts cannot be multiples of {settings.multiple} where there are {model.ref.anatomy.tokens} tokens; use fewer.")
+    if settings.multiple != "auto" and settings.multiple >= (tokens := model.ref.anatomy.tokens):
+        raise UsageError(f"Counts of {tokens} tokens at most cannot be multiples of {settings.multiple}; use a smaller multiple.")
     if not model.host.heads_removable:
         settings = replace(settings, heads="none")
         if not settings.tokens:
@@ -167,7 +173,13 @@ class _Job:
             Improvement("refit", self._refits_not, self._refit, compare or tune),
             Improvement("refine", self._refines_not, self._refine, tune),
         )
-        chosen = choose(self._families(tables, atlas), settings.budget, tune, prove, compare, improvements)
+        multiple = steps_of(self.model.ref.anatomy) if settings.multiple == "auto" else settings.multiple
+        try:
+            chosen = choose(self._families(tables, atlas, multiple), settings.budget, tune, prove, compare, improvements)
+        except OutOfReach:
+            if settings.multiple != "auto" or multiple == 1 or settings.counts == "fixed":
+                raise
+            chosen = choose(self._families(tables, atlas, 1), settings.budget, tune, prove, compare, improvements)
         started = self._clock("search", started)
         tables = chosen.family.tables
         grafted = graft(host.module, chosen.plan, tables.tensors)
@@ -198,7 +210,7 @@ class _Job:
         survey = self.fit[:SURVEY_IMAGES]
         return estimate(self.passes.column("Price the plan", survey, 8, lambda batch: plan_price(self.model.host, grafted, batch, loss)))
 
-    def _families(self, tables: Tables, atlas: Atlas) -> list[Family]:
+    def _families(self, tables: Tables, atlas: Atlas, multiple: int) -> list[Family]:
         settings, anatomy = self.settings, self.model.ref.anatomy
         merges = settings.tokens and settings.combine == "merge"
         several: tuple[int, ...] = ((2, 1) if settings.rounds == "auto" else (settings.rounds,)) if merges else (1,)
@@ -209,14 +221,12 @@ class _Job:
         )
         heads: list[Heads] = ["none", settings.heads] if settings.heads != "none" and settings.tokens else [settings.heads]
         shape = self._shape(tables)
-        multiple = steps_of(anatomy) if settings.multiple == "auto" else settings.multiple
-        return [
-            Family(name, self._blank(rounds), stages[blocks], settings.combine, kind, atlas, tables, shape, multiple)
-            for blocks in stages
-            for rounds in several
-            for kind in heads
-            for name in (f"{blocks}{f', {rounds} rounds' if rounds > 1 else ''}, heads {kind}",)
-        ]
+
+        def family(name: str, rounds: int, kind: Heads) -> Family:
+            full = f"{name}, {rounds} rounds, heads {kind}" if rounds > 1 else f"{name}, heads {kind}"
+            return Family(full, self._blank(rounds), stages[name], settings.combine, kind, atlas, tables, shape, multiple)
+
+        return [family(name, rounds, kind) for name in stages for rounds in several for kind in heads]
 
     def _shape(self, tables: Tables) -> Calibration | None:
         """How adaptive counts become what was asked for, the same in every process."""

@@ -84,8 +84,8 @@ def _check_token_cut(cut: TokenCut, path: str, plan: Plan) -> None:
         raise UsageError(f"{path} has a threshold but the plan has no [pricing] to compare it with; add the table or remove by count")
     if cut.remove is not None and cut.remove < 0:
         raise UsageError(f"{path}.remove is {cut.remove}; a count of tokens is 0 or more")
-    if not 1 <= cut.multiple <= plan.model.anatomy.tokens:
-        raise UsageError(f"{path}.multiple is {cut.multiple}; it must be between 1 (any count) and {plan.model.anatomy.tokens}")
+    if not 1 <= cut.multiple < max(plan.model.anatomy.tokens, 2):
+        raise UsageError(f"{path}.multiple is {cut.multiple}; it must be at least 1 (any count) and below the tokens of an image")
     if cut.remove is not None and cut.multiple != 1:
         raise UsageError(f"{path} removes exactly {cut.remove} tokens and cannot heed a multiple as well; leave one of them out")
 

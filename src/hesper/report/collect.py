@@ -138,11 +138,11 @@ def command(facts: RunFacts) -> str:
             "--gamma",
             f"{plan.pricing.gamma:g}",
             "--rounds",
-            str(plan.pricing.rounds),
+            str(asked.get("rounds", plan.pricing.rounds)),
         ]
     if plan.tokens:
         first = plan.tokens[0]
-        adaptive = ["adaptive", "--multiple", str(first.multiple)]
+        adaptive = ["adaptive", "--multiple", str(asked.get("multiple", first.multiple))]
         words += ["--combine", first.combine, "--counts", *(["fixed"] if first.threshold is None else adaptive)]
     for key in ("heads", "blocks", "batch_size"):
         words += [f"--{key.replace('_', '-')}", str(asked[key])] if asked.get(key) else []
