@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -14,11 +15,13 @@ from hypothesis import strategies as st
 
 import hesper as package
 from cli_helpers import NAME, write_images, write_weights
+from hesper.cli import main
 from hesper.errors import UsageError
 from hesper.heart.gallery import GALLERY, Gallery, load_gallery, save_gallery
 from hesper.plan import Budget
 from hesper.report import write_report
 from hesper.report.charts import colour_bar
+from hesper.report.collect import collect, command
 from hesper.report.patches import exhibits, stages_of
 from hesper.report.svg import Colours, cell_path
 from hesper.runs import open_run
@@ -96,6 +99,16 @@ def test_headline_figures_are_the_record_s(run, page):
     assert f"{100 * main['macs_ratio']:.1f}" in text
     assert f"{100 * main['agreement']:.1f}" in text
     assert open_run(run).plan.measured.statement.split(" (")[0] in text
+
+
+def test_a_run_made_in_python_says_the_command_that_asks_for_it(run):
+    (facts,) = collect([run])
+    words = shlex.split(command(facts))
+    asked = main.commands["prune"].make_context("prune", words[2:]).params
+    own = package.Settings(Budget("macs", 0.9, 0.9), rank=4, heads="none", blocks="alternate-early")
+    plain = ("rank", "rounds", "multiple", "blocks", "heads", "counts", "combine", "refit", "refine", "seed")
+    assert {name: asked[name] for name in plain} == {name: getattr(own, name) for name in plain}
+    assert (asked["macs"], asked["confidence"], asked["draws"]) == (0.9, 0.9, 1)
 
 
 def test_every_drawing_is_well_formed(page):
