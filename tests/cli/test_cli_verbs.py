@@ -135,7 +135,7 @@ def test_show_prints_the_plan_of_a_run_and_of_a_file(pruned: tuple[Path, Result]
         told = json.loads(hesper("show", target, "--json").stdout)
         plan = open_run(pruned[0]).plan
         assert told["hash"] == plan_hash(plan)
-        assert told["plan"]["budget"] == {"kind": "macs", "value": 0.9, "confidence": 0.95}
+        assert told["plan"]["budget"] == {"kind": "macs", "value": 0.8, "confidence": 0.95}
         assert [cut["block"] for cut in told["plan"]["tokens"]] == [cut.block for cut in plan.tokens]
 
 
