@@ -323,6 +323,22 @@ def test_a_budget_out_of_reach_of_counts_in_steps_says_so():
         pick(Budget("macs", 0.01, 0.95), families=[steps])
 
 
+def test_where_everything_that_can_go_may_go_milder_plans_are_still_proven():
+    """Beyond some dial nothing more goes; on the images that place the dial that is within the budget, on those that prove it not."""
+
+    def trial(harm, n):
+        def measured(plan):
+            share = min(plan.tokens[0].threshold / 1e-4, 1.0)
+            ones = np.ones((n, 12), dtype=np.int64)
+            macs = np.full(n, (1 - 0.7 * share**0.25) * DENSE)
+            return Evaluation(np.full(n, harm * share), np.ones(n), macs, ones, DENSE, None, None, None, None, None, 0.0)
+
+        return measured
+
+    chosen = choose([family()], Budget("loss", 0.02, 0.95), lambda f: trial(0.019, 50), lambda f: trial(0.04, 200))
+    assert 0.01 < chosen.measured.drift_kl.mean < 0.02
+
+
 @pytest.mark.parametrize(("sets", "taken"), [(5, 3), (1, 1)])
 def test_no_more_than_three_sets_are_improved_and_none_where_nothing_can_be(sets, taken):
     families = [dataclasses.replace(family(str(first)), blocks=(first, 10)) for first in range(sets)]

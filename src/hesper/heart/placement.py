@@ -181,8 +181,21 @@ def _place_risk(families: Sequence[Family], budget: Budget, tune: Callable[[Fami
                 dial, macs = middle, evaluation.kept_macs.mean
             else:
                 high = middle
+        if high == LARGEST_DIAL:
+            dial = _edge(family, trial, macs, dial, tried)
         found.append(Placed(family, dial, [dial * 2**step for step in LADDER], tried, macs + family.deciding_time))
     return found
+
+
+def _edge(family: Family, trial: Trial, macs: float, dial: float, tried: list[OperatingPoint]) -> float:
+    """About the smallest dial that keeps no more than ``macs``: nothing more goes beyond it, and a ladder there would be all one plan."""
+    low = SMALLEST_DIAL
+    for _ in range(STEPS):
+        middle = math.sqrt(low * dial)
+        evaluation = trial(family.at(middle))
+        tried.append(point(middle, evaluation))
+        low, dial = (low, middle) if evaluation.kept_macs.mean < macs + FLAT else (middle, dial)
+    return dial
 
 
 def _whole(found: Sequence[Placed]) -> Placed:
