@@ -167,9 +167,9 @@ def _dial_for_macs(
 
 def _place_risk(families: Sequence[Family], budget: Budget, tune: Callable[[Family], Trial]) -> list[Placed]:
     """What each family saves at a budget of loss or disagreement, and a ladder of dials around the place where it is met."""
-    found = list[Placed]()
+    found, met = list[Placed](), dict[str, float]()
     for family in families:
-        if found and _refines_nothing(family, (best := _whole(found)), best.dial * 2 ** LADDER[-1]):
+        if found and _refines_nothing(family, (best := _whole(found)), met[best.family.name] * 2 ** LADDER[-1]):
             continue
         trial, tried = tune(family), list[OperatingPoint]()
         dial, high, macs = 1e-8, LARGEST_DIAL, 1.0
@@ -181,6 +181,7 @@ def _place_risk(families: Sequence[Family], budget: Budget, tune: Callable[[Fami
                 dial, macs = middle, evaluation.kept_macs.mean
             else:
                 high = middle
+        met[family.name] = dial  # heads may still be cheap enough where no more tokens can go
         if high == LARGEST_DIAL:
             dial = _edge(family, trial, macs, dial, tried)
         found.append(Placed(family, dial, [dial * 2**step for step in LADDER], tried, macs + family.deciding_time))
