@@ -93,7 +93,6 @@ class Twins:
             speeds = ", ".join(f"{name} {turns.compare('dense', name).ratio:.3f}" for name in ("adaptive", "fixed"))
             say(f"  {words}: fixed takes {both.ratio:.3f} [{both.low:.3f}, {both.high:.3f}] of adaptive's time")
             say(f"    MACs {shares}; speed-ups {speeds}")
-            say(f"    MACs {shares}; speed-ups {speeds}")
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ SPARSE: tuple[Stages, ...] = ("third-middle", "alternate-early", "alternate-midd
 # What a decision on tokens and each of its rounds of matching take: shares of ViT-Tiny's dense time in batches of 32 on two cores.
 # A wider model spends more on everything else, and a deeper one is run through more blocks. A gate is charged like a decision.
 DECISION_TIME, ROUND_TIME, WIDTH, DEPTH = 0.007, 0.0035, 192, 12
-LARGEST_MULTIPLE, STEPS = 16, 12
+LARGEST_MULTIPLE, FEWEST_STEPS = 16, 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,4 +145,4 @@ def steps_of(anatomy: Anatomy) -> int:
         >>> steps_of(Anatomy(12, 192, 3, 64, 768, 197, 1, 1000, 768, (224, 224), (14, 14), False))
         16
     """
-    return min(LARGEST_MULTIPLE, 1 << max(0, (anatomy.tokens // STEPS).bit_length() - 1))
+    return min(LARGEST_MULTIPLE, 1 << max(0, (anatomy.tokens // FEWEST_STEPS).bit_length() - 1))
