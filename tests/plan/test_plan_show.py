@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 from hypothesis import given
 
 from hesper.plan import HeadCut, Plan, TokenCut, plan_hash, render
@@ -61,3 +62,10 @@ def test_a_deep_model_still_fits_with_equal_blocks_joined() -> None:
     uneven = tuple(HeadCut(block, tuple(range(1, 2 + block % 20))) for block in range(48))
     elided = render(dataclasses.replace(PLAN, model=model, tokens=every, heads=uneven))
     assert fits(elided) and "more lines, see plan.toml" in elided
+
+
+@pytest.mark.parametrize(("rounds", "said"), [(1, "1 round\n"), (2, "2 rounds\n")])
+def test_rounds_are_counted_in_words_that_agree(rounds: int, said: str) -> None:
+    assert PLAN.pricing is not None
+    pricing = dataclasses.replace(PLAN.pricing, rounds=rounds)
+    assert f", {said}" in render(dataclasses.replace(PLAN, pricing=pricing))

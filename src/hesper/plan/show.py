@@ -42,7 +42,8 @@ def _asked(plan: Plan, declined: Mapping[str, str]) -> list[str]:
     lines = _labelled("asked", f"{_budget(plan.budget)}, {plan.schedule} schedule")
     if plan.pricing is not None:
         pricing = plan.pricing
-        how = f"T = {pricing.temperature:g}, {pricing.draws} draws, rank {pricing.rank}, gamma {pricing.gamma:g}, {pricing.rounds} rounds"
+        rounds = "1 round" if pricing.rounds == 1 else f"{pricing.rounds} rounds"
+        how = f"T = {pricing.temperature:g}, {pricing.draws} draws, rank {pricing.rank}, gamma {pricing.gamma:g}, {rounds}"
         lines += _labelled("priced", f"criterion {pricing.criterion}, {how}")
         refined = f"what merged tokens get back and weigh, learned in {pricing.refine} epochs"
         for label, name, text in (
