@@ -30,7 +30,7 @@ SPARSE: tuple[Stages, ...] = ("third-middle", "alternate-early", "alternate-midd
 # What a decision on tokens and each of its rounds of matching take: shares of ViT-Tiny's dense time in batches of 32 on two cores.
 # A wider model spends more on everything else, and a deeper one is run through more blocks. A gate is charged like a decision.
 DECISION_TIME, ROUND_TIME, WIDTH, DEPTH = 0.007, 0.0035, 192, 12
-LARGEST_MULTIPLE, FEWEST_STEPS = 16, 12
+LARGEST_MULTIPLE, FEWEST_STEPS = 16, 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,12 +137,12 @@ def deciding_blocks(anatomy: Anatomy, stages: Stages) -> tuple[int, ...]:
 
 
 def steps_of(anatomy: Anatomy) -> int:
-    """Of what the counts of tokens should be multiples: the largest power of two up to a twelfth of the tokens, at most 16.
+    """Of what the counts of tokens should be multiples: the largest power of two up to a 24th of the tokens, at most 16.
 
-    Images of equal counts share a call of attention, but small models have few tokens to be exact with.
+    Images of equal counts share a call of attention, but coarse steps let counts adapt less, the more so the fewer blocks decide.
 
     Example:
         >>> steps_of(Anatomy(12, 192, 3, 64, 768, 197, 1, 1000, 768, (224, 224), (14, 14), False))
-        16
+        8
     """
     return min(LARGEST_MULTIPLE, 1 << max(0, (anatomy.tokens // FEWEST_STEPS).bit_length() - 1))
