@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,14 @@ SOURCE = ROOT / "src" / "hesper"
 # Each room may import from rooms of its own rank or lower, never from higher ones.
 RANKS = [
     {"errors", "version"},
-    {"registry", "device", "parallel"},
+    {"registry", "device", "parallel", "kinds"},
     {"plan"},
     {"cost", "data", "runs", "curvature"},
     {"hosts", "work"},
     {"graft"},
     {"measure"},
     {"heart"},
+    {"artefact"},
     {"api"},
     {"report"},
     {"demo"},
@@ -56,6 +59,20 @@ def test_imports_point_one_way(path):
         assert other in RANK, f"{own} imports {other}, which stands above every room"
         assert other == own or RANK[other] <= RANK[own], f"{own} imports {other}"
         assert other == own or RANK[other] < RANK[own] or {own, other} <= {"runs", "data", "cost", "curvature"}
+
+
+def test_public_names_are_the_same_before_and_after_their_rooms_are_loaded():
+    script = """
+import importlib, pkgutil, types, hesper
+before = {name: getattr(hesper, name) for name in hesper.__all__}
+for room in pkgutil.iter_modules(hesper.__path__):
+    if room.name != "__main__":
+        importlib.import_module(f"hesper.{room.name}")
+for name, value in before.items():
+    assert getattr(hesper, name) is value and not isinstance(value, types.ModuleType), name
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT / "src")
+    assert done.returncode == 0, done.stderr
 
 
 def test_only_hosts_know_a_model_library():

@@ -13,7 +13,6 @@ from hesper.version import __version__
 
 if TYPE_CHECKING:
     from hesper.api import evaluate, load, prune
-    from hesper.graft import graft
     from hesper.heart.criteria import Criterion
     from hesper.heart.prune import Settings
     from hesper.hosts.open import open_model
@@ -22,13 +21,12 @@ _DOORS = {
     "Criterion": "hesper.heart.criteria",
     "Settings": "hesper.heart.prune",
     "evaluate": "hesper.api",
-    "graft": "hesper.graft",
     "load": "hesper.api",
     "open_model": "hesper.hosts.open",
     "prune": "hesper.api",
 }
 
-__all__ = ["Criterion", "Settings", "__version__", "evaluate", "graft", "load", "open_model", "prune"]
+__all__ = ["Criterion", "Settings", "__version__", "evaluate", "load", "open_model", "prune"]
 
 
 def __dir__() -> list[str]:

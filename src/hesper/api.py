@@ -10,11 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
 
+from hesper.artefact import load_cut, open_dense, save_model
 from hesper.data import ImageSet, Skipped, batches, check_labels, open_images, read_class_map, require_readable
 from hesper.device import use_device
 from hesper.errors import HesperError, JobError, UsageError
@@ -23,10 +21,10 @@ from hesper.heart.gallery import choose_images, make_gallery, save_gallery
 from hesper.heart.prune import Pruned, Settings
 from hesper.heart.prune import prune as prune_model
 from hesper.hosts import open_host
-from hesper.hosts.open import HF, OpenModel, check_rebuildable, open_model, rebuild, wrap
+from hesper.hosts.open import HF, OpenModel, check_rebuildable, open_model
 from hesper.measure.evaluate import Evaluation, join, measure
 from hesper.parallel import jointly, leads, team
-from hesper.plan import Plan, dumps, empty_plan
+from hesper.plan import dumps, empty_plan
 from hesper.runs import (
     MODEL,
     PLAN,
@@ -46,11 +44,6 @@ from hesper.version import __version__
 from hesper.work import work_beside
 
 Progress = Callable[[str, int, int], None]
-DECIDERS = "deciders."
-SIZE_EXPONENT = "size_exponent"
-GATES = "gates."
-NETWORK = "network."
-DENSE = "dense."
 
 
 def prune(
@@ -123,7 +116,7 @@ def _write_run(out: str | Path, opened: OpenModel, images: ImageSet, pruned: Pru
     with new_run(out) as folder:
         cut = pruned.model
         write_text(folder / PLAN, dumps(pruned.chosen.plan))
-        safetensors.torch.save_file(_tensors(opened, cut), folder / MODEL, metadata=dict(opened.blueprint) or None)
+        save_model(folder / MODEL, opened, cut)
         chosen = [pruned.verify[i] for i in choose_images(pruned.chosen.evaluation.macs.tolist())]
         save_gallery(folder, make_gallery(opened, cut, images, chosen))
         seal(folder, "prune", asked=asked, results=_results(pruned, images, pruned.skipped))
@@ -151,7 +144,7 @@ def load(run: str | Path) -> GraftedViT:
     Raises:
         UsageError: no run, a file missing, or one changed since the run was made.
     """
-    return _load(open_run(run))
+    return load_cut(open_run(run))
 
 
 def evaluate(
@@ -193,13 +186,13 @@ def evaluate(
     if run is None:
         opened = open_model(str(target), weights=weights)
         blank = dataclasses.replace(empty_plan(opened.ref.name, opened.ref.anatomy), model=opened.ref)
-        cut, classes = graft(opened.host.module, blank), None
+        cut, classes = graft(opened.host.module, blank, check_weights=False), None
         if dial is not None:
             raise UsageError(f"{target} is a dense model and has no dial; leave --dial out or give a RUN folder.")
     else:
         if weights is not None:
             raise UsageError(f"{target} is a run folder, which holds its own weights; leave --weights out.")
-        opened, cut, classes = _open_dense(run), _load(run), _classes_of(run)
+        opened, cut, classes = open_dense(run), load_cut(run), _classes_of(run)
         if dial is not None:
             cut.set_dial(dial)
     images = _images(data, opened, class_map, labelled, classes)
@@ -297,72 +290,6 @@ def _images(
         images = dataclasses.replace(images, classes=own)
     check_labels(images, wanted)
     return images
-
-
-def _load(run: RunFolder) -> GraftedViT:
-    state, blueprint = _state(run)
-    module, _ = rebuild(run.plan.model, blueprint)
-    cut = graft(module, run.plan, _tables(state, run.plan))
-    _fill(cut, {name: tensor for name, tensor in state.items() if not name.startswith(DENSE)}, run)
-    return cut
-
-
-def _tables(state: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
-    """A run's tables as grafting wants them, for the dense model's heads: those of removed heads, never used, are zero."""
-    # A decider that drops keeps its router within its score.
-    tables = {name.removeprefix(DECIDERS).replace(".score.", "."): tensor for name, tensor in state.items() if name.startswith(DECIDERS)}
-    tables |= {name: state[name] for name in (SIZE_EXPONENT,) if name in state}
-    for name, tensor in state.items():
-        if name.startswith(GATES):
-            block, part = name.removeprefix(GATES).split(".")
-            tables[f"{block}.router.mean_attention" if part == "stand_in" else f"{block}.gate.{part}"] = tensor
-    full, heads = dict(tables), plan.model.anatomy.heads
-    for cut in plan.heads:
-        left = [head for head in range(heads) if head not in cut.remove]
-        for name in ("router.attention", "router.mean_attention", "gate.direction", "gate.offset"):
-            key = f"{cut.block}.{name}"
-            if key in tables:
-                full[key] = tables[key].new_zeros(*tables[key].shape[:-1], heads)
-                full[key][..., left] = tables[key]
-    return full
-
-
-def _open_dense(run: RunFolder) -> OpenModel:
-    """The dense model of a run: its network, with what head cuts removed put back."""
-    state, blueprint = _state(run)
-    dense = {name.removeprefix(NETWORK): tensor for name, tensor in state.items() if name.startswith(NETWORK)}
-    dense |= {name.removeprefix(DENSE): tensor for name, tensor in state.items() if name.startswith(DENSE)}
-    module, preprocessing = rebuild(run.plan.model, blueprint)
-    _fill(module, dense, run)
-    opened = wrap(run.plan.model.name, module, preprocessing)
-    if opened.ref != run.plan.model:
-        raise UsageError(f"{run.path / MODEL} does not hold the dense weights the plan was made for; make the run again.")
-    return opened
-
-
-def _state(run: RunFolder) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A run's tensors, and what its file says about rebuilding the model."""
-    try:
-        with safe_open(run.path / MODEL, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  # no mapping
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{run.path / MODEL} cannot be read ({error}); restore it or make the run again.") from error
-
-
-def _fill(module: nn.Module, state: Mapping[str, Tensor], run: RunFolder) -> None:
-    try:
-        module.load_state_dict(dict(state))
-    except RuntimeError as error:
-        raise UsageError(f"{run.path / MODEL} does not fit the plan beside it; restore it or make the run again.") from error
-
-
-def _tensors(opened: OpenModel, cut: GraftedViT) -> dict[str, Tensor]:
-    """Everything a run needs to rebuild both models: the cut one's state, and the dense tensors that head cuts changed."""
-    state = {name: tensor.contiguous() for name, tensor in cut.state_dict().items()}
-    for name, tensor in opened.host.module.state_dict().items():
-        if state[NETWORK + name].shape != tensor.shape:
-            state[DENSE + name] = tensor.contiguous()
-    return state
 
 
 def _classes_of(run: RunFolder) -> tuple[str, ...] | None:

@@ -48,7 +48,7 @@ class Work(Protocol):
         """Keep something under ``name``, whole or not at all, in place of what was there."""
 
     def rows(self, name: str, shape: tuple[int, ...], dtype: DTypeLike, *, new: bool) -> NDArray[Any]:
-        """An array for more numbers than memory should hold; with ``new`` empty, otherwise as it was left."""
+        """An array for more numbers than memory should hold; with ``new`` empty, otherwise as it was left (OSError: it is not whole)."""
 
 
 class KeptNowhere:
@@ -105,10 +105,11 @@ class _Folder:
     def rows(self, name: str, shape: tuple[int, ...], dtype: DTypeLike, *, new: bool) -> NDArray[Any]:
         if 0 in shape:
             return np.empty(shape, dtype)
-        path = self.path / f"{name}.{self.part}.rows"
+        path, size = self.path / f"{name}.{self.part}.rows", int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if not new and path.stat().st_size != size:  # mapped memory would make up what is missing
+            raise FileNotFoundError(f"{path} is damaged")
         if new:
             with path.open("wb") as file:
-                size = int(np.prod(shape)) * np.dtype(dtype).itemsize
                 if hasattr(os, "posix_fallocate"):  # on a full disk, writing to mapped memory would end the process without a word
                     os.posix_fallocate(file.fileno(), 0, size)
                 file.truncate(size)

@@ -131,6 +131,7 @@ def test_budgets_above_what_there_is(ask: Ask, option: str, value: str) -> None:
         (("--refit", "--combine", "drop"), "--refit"),
         (("--refine", "2", "--combine", "drop"), "--refine"),
         (("--refine", "2", "--no-tokens"), "--refine"),
+        (("--rounds", "3", "--combine", "drop"), "--rounds"),
     ],
 )
 def test_learning_about_merging_where_nothing_merges(ask: Ask, words: tuple[str, ...], named: str) -> None:
@@ -164,11 +165,34 @@ def test_numbers_of_rounds_and_multiples_that_cannot_be(ask: Ask, words: tuple[s
         {"rank": 24.0},
         {"batch_size": 0},
         {"rank": "24"},
+        {"refine": 2.5},
+        {"refine": "5"},
+        {"seed": 1.5},
+        {"gamma": "a"},
+        {"gamma": True},
+        {"refit": "no"},
+        {"tokens": None},
+        {"heads": "some"},
     ],
 )
 def test_settings_that_are_no_numbers(setting: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(setting))):
         package.Settings(Budget("macs", 0.9, 0.9), **setting)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("mac", 0.8, 0.9), "kind is 'mac'"),
+        (("macs", "0.5", 0.9), "value is '0.5'"),
+        (("macs", 0.5, None), "confidence is None"),
+    ],
+)
+def test_budgets_that_are_none(words: tuple[Any, ...], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        package.Settings(Budget(*words))
+    with pytest.raises(UsageError, match="draws is 2.5"):
+        package.Criterion(draws=2.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("other", [{"counts": "fixed"}, {"tokens": False}])
@@ -232,7 +256,7 @@ def test_a_full_disk_leaves_nothing(ask: Ask, monkeypatch: pytest.MonkeyPatch) -
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("hesper.api.safetensors.torch.save_file", full)
+    monkeypatch.setattr("hesper.artefact.safetensors.torch.save_file", full)
     assert "the disk is full" in sentence(ask("--macs", 0.9), 1)
 
 

@@ -163,7 +163,7 @@ def test_doctor_says_what_there_is_and_why_the_rest_is_not() -> None:
     found = json.loads(hesper("doctor", "--json").stdout)
     assert found["environment"]["torch"] and "math" in found["attention"]["cpu"]
     assert (found["cuda"]["device"] is None) == (found["cuda"]["why_not"] is not None)
-    assert set(found["optional"]) == {"transformers", "onnx", "onnxruntime", "pynvml"}
+    assert set(found["optional"]) == {"transformers", "datasets", "onnx", "onnxruntime", "pynvml"}
     text = hesper("doctor").stdout
     assert "CUDA" in text and "attention on cpu" in text
 

@@ -86,7 +86,8 @@ def test_labels_may_be_words_or_json(tmp_path: Path) -> None:
     [
         ({"a.txt": b"x"}, "holds no images"),
         ({"a.png": png(1)}, "neither a .cls nor a .json"),
-        ({"a.png": png(1), "a.cls": b""}, "write a number or a class name"),
+        ({"a.png": png(1), "a.json": b'{"caption": "a dog"}'}, "a .json without any of label, cls, class, target"),
+        ({"a.png": png(1), "a.cls": b""}, "write a number or a class name, or give --no-labels"),
         ({"a.png": png(1), "a.json": b"{"}, "cannot be read"),
         ({"a.png": png(1), "a.cls": b"-1"}, "has the label -1"),
         ({"a.png": png(1), "a.cls": b"1", "b.png": png(2), "b.cls": b"dog"}, "some labels"),
@@ -95,6 +96,12 @@ def test_labels_may_be_words_or_json(tmp_path: Path) -> None:
 def test_shards_whose_labels_cannot_serve_are_refused(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         opened(pack(tmp_path / "odd.tar", members), labelled=True)
+
+
+def test_a_json_about_other_things_is_no_label(tmp_path: Path) -> None:
+    captions = {"a.png": png(1), "a.json": b'{"caption": "a dog", "url": "x"}', "b.png": png(2), "b.json": b'{"label": 1}'}
+    shard = pack(tmp_path / "captions.tar", captions)
+    assert opened(shard).labels is None and len(opened(shard)) == 2
 
 
 def test_shards_that_are_not_there_or_not_whole_are_named(tmp_path: Path, packed: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from families import FAMILIES, family, shots
-from hesper import api
+from hesper import artefact
 from hesper.errors import UsageError
 from hesper.graft import GraftedViT, graft
 from hesper.graft.deciders import State
@@ -270,7 +270,7 @@ def test_what_a_run_keeps_of_gates_beside_removed_heads_makes_the_same_model_aga
     model, images = vit(), pictures(5)
     cut = gated(model, cuts=cuts_of("merge", [0, 1], threshold=64.0), heads=[HeadCut(1, (1,)), HeadCut(2, (0, 2))])
     state = cut.state_dict()
-    again = graft(model, cut.plan, api._tables(state, cut.plan))
+    again = graft(model, cut.plan, artefact._tables(state, cut.plan))
     again.load_state_dict(state)
     assert torch.equal(again(images), cut(images)) and state["gates.1.direction"].shape == (24, 2)
 

@@ -17,6 +17,7 @@ from hesper.graft.decision import Decision
 from hesper.graft.layout import checkerboard
 from hesper.heart.gated import HEAD_GATES, TOKEN_GATES, gated_forward, ones
 from hesper.hosts import open_host
+from hesper.hosts.weights import weights_sha256
 from hesper.plan import HeadCut, TokenCut, empty_plan
 from vits import (
     KINDS,
@@ -313,6 +314,18 @@ def test_an_image_is_never_emptied(kind: str, criterion: str, combine: Any) -> N
 
 
 @torch.no_grad()
+def test_a_batch_of_256_is_256_images() -> None:
+    images = pictures(256)
+    model = grafted("plain", torch.float32, "kl", cuts_of("merge", [0, 1], threshold=threshold("plain", "kl", "merge")))
+    together, few = model.run(images), (0, 100, 200, 255)
+    assert len(set(together.traffic.attended[:, 2])) > 1
+    for image in few:
+        alone = model.run(images[image : image + 1])
+        torch.testing.assert_close(together.logits[image], alone.logits[0], rtol=1e-5, atol=1e-5)
+        assert together.macs[image] == alone.macs[0]
+
+
+@torch.no_grad()
 def test_images_of_equal_counts_lie_side_by_side() -> None:
     model = grafted("plain", DOUBLE, "kl", cuts_of("merge", [0, 1], threshold=threshold("plain", "kl", "merge")))
     watch = Watch(model)
@@ -416,9 +429,23 @@ def test_tables_and_images_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UsageError, match="another shape"):
         graft(vit(depth=3), plan, tables(model))
     cut = graft(model, plan, tables(model))
-    for wrong in (torch.zeros(1, 3, 32, 32), torch.zeros(3, 32, 24), torch.zeros(0, 3, 32, 24)):
-        with pytest.raises(UsageError, match="images of 32 x 24 pixels"):
+    sizes = [(1, 3, 32, 32), (3, 32, 24), (0, 3, 32, 24), (1, 1, 32, 24)]
+    for wrong in (*map(torch.zeros, sizes), torch.zeros(1, 3, 32, 24, dtype=torch.uint8)):
+        with pytest.raises(UsageError, match="images of 3 channels and 32 x 24 pixels"):
             cut(wrong)
+
+
+def test_a_plan_for_other_weights_is_refused() -> None:
+    model = vit()
+    plan = plan_for(model, cuts_of("merge", [1], threshold=1.0))
+    named = dataclasses.replace(plan, model=dataclasses.replace(plan.model, weights_sha256=weights_sha256(model.state_dict())))
+    other = vit()
+    with torch.no_grad():
+        other.blocks[0].mlp.fc1.bias[0] += 1e-3
+    assert graft(model, named, tables(model)).plan == graft(other, named, tables(model), check_weights=False).plan
+    with pytest.raises(UsageError, match="made for other weights of tiny"):
+        graft(other, named, tables(model))
+    assert graft(other.half(), named, tables(model)).plan == named  # what half a precision was rounded from cannot be told
 
 
 def test_everything_lies_where_the_host_does() -> None:

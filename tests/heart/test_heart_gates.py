@@ -20,7 +20,7 @@ from hesper.heart.criteria import Criterion, head_prices, sensitivity, stream_cu
 from hesper.heart.family import Family
 from hesper.heart.fit import Atlas, FitSums, Tables, fit_tables
 from hesper.heart.gate_fit import PENALTIES, ROUNDING, GateFit
-from hesper.heart.gated import HEAD_GATES
+from hesper.heart.gated import HEAD_GATES, TOKEN_SHIFTS, gated_forward, ones
 from hesper.heart.lenses import gated_lens
 from hesper.heart.price import plan_price, plan_step
 from hesper.heart.prune import Settings
@@ -226,9 +226,15 @@ def test_the_price_of_a_gated_plan_closes_the_gates_of_the_images_where_heads_si
 
 
 def test_tokens_and_gates_are_priced_together() -> None:
-    model, images = vit(), pictures(3)
+    """The price of a step v is KL(dense || moved by t v) / t^2 for a small t, tokens and heads moving at once."""
+    model, images = vit(dtype=torch.float64), pictures(3, torch.float64)
     host = open_host(model.requires_grad_(False))
     plan = plan_for(model, cuts_of("merge", [1], remove=3), gates=[HeadGate(2, 1.0)])
     cut = graft(model, plan, {**tables(model), **gate_tables(model)})
-    price = plan_price(host, cut, ImageBatch(images), DenseKL())
-    assert price.shape == (3,) and bool((price > 0).all())
+    step, small = plan_step(host, cut, images), 1e-4
+    assert bool(step[TOKEN_SHIFTS].any()) and bool(step[HEAD_GATES].any())
+    moved = {name: start + small * step[name] for name, start in ones(host, 3, *step, like=images).items()}
+    with torch.no_grad():
+        dense, near = (out.log_softmax(1) for out in (model(images), gated_forward(host, images, moved).logits))
+    drift = (dense.exp() * (dense - near)).sum(1)
+    torch.testing.assert_close(plan_price(host, cut, ImageBatch(images), DenseKL()), drift / small**2, rtol=1e-3, atol=1e-9)

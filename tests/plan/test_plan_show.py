@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from hypothesis import given
 
-from hesper.plan import HeadCut, Plan, TokenCut, plan_hash, render
+from hesper.plan import HeadCut, OperatingPoint, Plan, TokenCut, plan_hash, render
 from strategies import EXAMPLE_ANATOMY as ANATOMY
 from strategies import EXAMPLE_PLAN as PLAN
 from strategies import plans
@@ -62,6 +62,16 @@ def test_a_deep_model_still_fits_with_equal_blocks_joined() -> None:
     uneven = tuple(HeadCut(block, tuple(range(1, 2 + block % 20))) for block in range(48))
     elided = render(dataclasses.replace(PLAN, model=model, tokens=every, heads=uneven))
     assert fits(elided) and "more lines, see plan.toml" in elided
+
+
+@pytest.mark.parametrize("own", [0, 3, 11])
+def test_the_ends_of_the_verified_range_and_the_runs_own_point_are_shown(own: int) -> None:
+    points = tuple(OperatingPoint((place + 1) / 1000, 1 - place / 20, place / 100, 0.9, 300, True) for place in range(12))
+    lines = render(dataclasses.replace(PLAN, points=points, dial=points[own].dial)).splitlines()
+    shown = [line for line in lines if "nats: MACs" in line]
+    assert "0.001 nats" in shown[0] and "0.012 nats" in shown[-1] and 3 <= len(shown) <= 5
+    (marked,) = [line for line in shown if line.startswith("this run")]
+    assert f"{points[own].dial:.3g} nats" in marked
 
 
 @pytest.mark.parametrize(("rounds", "said"), [(1, "1 round\n"), (2, "2 rounds\n")])

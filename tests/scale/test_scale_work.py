@@ -97,6 +97,24 @@ def test_stored_logits_are_those_of_the_model_and_are_not_made_twice(tmp_path: P
             assert torch.equal(again[index], made[index]) and torch.equal(again[index], model(batch.images).detach())
 
 
+@pytest.mark.parametrize("damage", ["short", "changed", "gone"])
+def test_stored_logits_that_are_damaged_are_made_again(tmp_path: Path, images: ImageSet, damage: str) -> None:
+    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(12, 5))
+    with pytest.raises(Interrupted), work_beside(tmp_path / "run", REQUEST) as work:
+        passes(images, work).dense("dense", "Dense", model, range(15))
+        raise KeyboardInterrupt
+    rows = tmp_path / ".run.work" / "dense.0of1.rows"
+    whole = rows.read_bytes()
+    if damage == "gone":
+        rows.unlink()
+    else:
+        rows.write_bytes(whole[:10] if damage == "short" else whole[:-1] + bytes([whole[-1] ^ 1]))
+    with work_beside(tmp_path / "run", REQUEST) as work:
+        again = passes(images, work).dense("dense", "Dense", model, range(15))
+        batches = list(passes(images, work).batches("Look", range(15)))
+        assert all(torch.equal(again[index], model(batch.images).detach()) for index, batch in enumerate(batches)) and len(again) == 8
+
+
 def test_what_is_kept_of_one_plan_is_not_taken_for_another(tmp_path: Path) -> None:
     model = vit("plain")
 

@@ -12,6 +12,7 @@ __all__ = ["doctor"]
 
 OPTIONAL = {
     "transformers": "Hugging Face models",
+    "datasets": "Hugging Face data sets",
     "onnx": "ONNX export",
     "onnxruntime": "checking exported ONNX files",
     "pynvml": "reading NVIDIA devices",

@@ -116,7 +116,8 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
     default="auto",
     show_default=True,
     metavar="N|auto",
-    help="Of which adaptive counts are multiples, so that images of a batch have equal ones (1: any). auto: 8 for 197 tokens, 16 from 384.",
+    help="Of which adaptive counts are multiples, so that images of a batch have equal ones (1: any). auto: 8 for 197 tokens, "
+    "up to 16 for more, less for fewer.",
 )
 @click.option(
     "--refit/--no-refit",
@@ -229,21 +230,25 @@ def _settings(options: dict[str, Any], kind: str) -> Settings:
 
     tokens = ("combine", "counts", "schedule", "tokens", "rank", "gamma", "rounds", "multiple", "refit", "refine", "blocks")
     plain = (*tokens, "heads", "batch_size", "seed")
-    _check_learning(options)
+    _check_asked(options)
     criterion = Criterion(options["criterion"], options["temperature"], options["draws"])
     return Settings(_budget(options, kind), criterion, **{name: options[name] for name in plain})
 
 
-def _check_learning(options: dict[str, Any]) -> None:
-    """Refuse what was asked for in so many words and cannot be."""
+def _check_asked(options: dict[str, Any]) -> None:
+    """Refuse what was asked for in so many words and would have no effect."""
+    tokens, merges, adapts = bool(options["tokens"]), options["combine"] == "merge", options["counts"] == "adaptive"
+    rules = (
+        (("rounds", "refine"), tokens and merges, "merging tokens", "--tokens --combine merge"),
+        (("refit",), tokens and merges and options["criterion"] == "kl", "merging tokens", "--tokens --combine merge --criterion kl"),
+        (("multiple",), tokens and adapts, "counts that adapt", "--tokens --counts adaptive"),
+    )
     source = click.get_current_context().get_parameter_source
-    merges = options["tokens"] and options["combine"] == "merge"
-    for name, possible, under in (("refit", merges and options["criterion"] == "kl", " --criterion kl"), ("refine", merges, "")):
-        if options[name] and not possible and source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise UsageError(f"--{name} is about merging tokens and needs --tokens --combine merge{under}; leave it out.")
-    adapts = options["tokens"] and options["counts"] == "adaptive"
-    if not adapts and source("multiple") is click.core.ParameterSource.COMMANDLINE:
-        raise UsageError("--multiple is about counts that adapt and needs --tokens --counts adaptive; leave it out.")
+    for names, possible, subject, needed in rules:
+        for name in names:
+            asked = source(name) is click.core.ParameterSource.COMMANDLINE and options[name] not in (False, 0, "auto")
+            if asked and not possible:
+                raise UsageError(f"--{name} is about {subject} and needs {needed}; leave it out.")
 
 
 def _budget(options: dict[str, Any], kind: Any) -> Budget:

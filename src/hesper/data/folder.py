@@ -56,7 +56,11 @@ def open_folder(path: str | Path, *, transform: Transform, class_map: Sequence[s
     if labelled:
         for folder in dict.fromkeys(_class_of(name) for name in files):
             if folder not in label_of:
-                raise UsageError(f"{root} has a class folder {folder!r} that the class map does not name; {did_you_mean(folder, classes)}")
+                hint = did_you_mean(folder, classes).rstrip("?")
+                raise UsageError(
+                    f"{root} has a class folder {folder!r} that the class map does not name; {hint}, or are folders no classes "
+                    "(--no-labels)?"
+                )
     source = _Folder(root)
     digests = hashed(source, files, skipped)
     labels = tuple(label_of[_class_of(name)] for name in digests) if labelled else None

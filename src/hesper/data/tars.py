@@ -104,14 +104,15 @@ def open_tars(
     labels = {sample.image: sample for sample in samples.values() if sample.image}
     if not labels:
         raise UsageError(f"{where} holds no images; give tar files with JPEG or PNG members")
-    if labelled is None:
-        labelled = all(sample.label for sample in labels.values())
     source = _Tars(where, places)
     digests = hashed(source, labels, skipped)
     in_order = tuple(sorted(skipped, key=lambda skip: skip.file))
     known, classes, numbered = None, tuple(class_map or ()), False
-    if labelled:
-        known, classes, numbered = labels_of([_label(labels[name]) for name in digests], class_map, where)
+    if labelled or (labelled is None and all(sample.label for sample in labels.values())):
+        found = [_label(labels[name]) for name in digests]
+        if labelled or None not in found:  # a .json may be about other things
+            given = [_demanded(label, labels[name]) for label, name in zip(found, digests, strict=True)]
+            known, classes, numbered = labels_of(given, class_map, where)
     hashes = tuple(digests.values())
     return ImageSet(source, tuple(digests), known, classes, in_order, total(digests), transform, hashes, numbered=numbered)
 
@@ -175,17 +176,28 @@ def _sort_in(name: str, place: _Place, places: dict[str, _Place], samples: dict[
         sample.label, sample.label_suffix = place, suffixes.lower()
 
 
-def _label(sample: _Sample) -> str | int:
+def _demanded(label: str | int | None, sample: _Sample) -> str | int:
+    if label is not None:
+        return label
+    lacks = "neither a .cls nor a .json" if sample.label is None else f"a .json without any of {', '.join(_LABEL_KEYS)}"
+    raise UsageError(f"{sample.image} has {lacks} beside it; add labels to the shard, or give --no-labels")
+
+
+def _label(sample: _Sample) -> str | int | None:
+    """The label of a sample, or None where nothing beside the image gives one."""
     if sample.label is None:
-        raise UsageError(f"{sample.image} has neither a .cls nor a .json beside it; add labels to the shard, or give --no-labels")
+        return None
     try:
         text = sample.label.read().decode().strip()
         found: object = text
         if sample.label_suffix == "json":
             table = json.loads(text)
-            found = next((table[key] for key in _LABEL_KEYS if key in table), None)
+            keys = [key for key in _LABEL_KEYS if key in table]
+            if not keys:
+                return None
+            found = table[keys[0]]
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"the label of {sample.image} cannot be read ({reason(error)}); write a number or a class name") from error
     if isinstance(found, bool) or not isinstance(found, (int, str)) or found == "":
-        raise UsageError(f"the label of {sample.image} is {found!r}; write a number or a class name under one of {', '.join(_LABEL_KEYS)}")
+        raise UsageError(f"the label of {sample.image} is {found!r}; write a number or a class name, or give --no-labels")
     return int(found) if isinstance(found, str) and re.fullmatch(r"-?\d+", found) else found

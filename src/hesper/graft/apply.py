@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from hesper.errors import UsageError
@@ -13,13 +14,14 @@ from hesper.graft.gates import Gate
 from hesper.graft.linkage import most_removed
 from hesper.graft.model import GraftedViT
 from hesper.hosts import Host, open_host
+from hesper.hosts.weights import weights_sha256
 from hesper.plan import HeadGate, Plan, TokenCut, validate
 from hesper.registry import Registry
 
 CURVATURE = ("kl", "ce", "heart")
 
 
-def graft(module: nn.Module, plan: Plan, tables: Mapping[str, Tensor] | None = None) -> GraftedViT:
+def graft(module: nn.Module, plan: Plan, tables: Mapping[str, Tensor] | None = None, *, check_weights: bool = True) -> GraftedViT:
     """A copy of ``module`` cut as ``plan`` says, in evaluation mode.
 
     Args:
@@ -30,10 +32,12 @@ def graft(module: nn.Module, plan: Plan, tables: Mapping[str, Tensor] | None = N
             ``{block}.router.offset`` ``[]``; for gates ``{block}.gate.direction`` ``[width, heads]``, ``{block}.gate.offset`` ``[heads]``
             and, where the block has a router too, ``{block}.router.mean_attention`` ``[heads]``. Where they were learned also
             ``{block}.restoration.stretch`` ``[]``, ``{block}.restoration.gain`` ``[width]`` and ``size_exponent`` ``[depth, heads]``.
+        check_weights: whether a model in single precision must hold the very weights that the plan names, since prices fitted to other
+            ones mean nothing; in other precisions that cannot be told.
 
     Raises:
-        UsageError: the model has another anatomy than the plan's, a table is missing or of another shape, or the plan asks for
-            what the model cannot do.
+        UsageError: the model has another anatomy or other weights than the plan's, a table is missing or of another shape, or the plan
+            asks for what the model cannot do.
 
     Example:
         >>> import timm, torch
@@ -47,6 +51,8 @@ def graft(module: nn.Module, plan: Plan, tables: Mapping[str, Tensor] | None = N
     validate(plan)
     host = open_host(copy.deepcopy(module).eval().requires_grad_(False))
     _check_plan(plan, host)
+    if check_weights:
+        _check_weights(plan, host)
     for cut in plan.heads:
         host.blocks[cut.block].remove_heads(cut.remove)
     like = next(host.module.parameters())
@@ -75,6 +81,16 @@ def _check_plan(plan: Plan, host: Host) -> None:
             kind = "merging alternate tokens" if alternate else "a cut"
             raise UsageError(f"The cut of block {cut.block} removes {cut.remove} of {left} patches, but {kind} removes at most {most}.")
         left -= cut.remove
+
+
+def _check_weights(plan: Plan, host: Host) -> None:
+    state, named = host.module.state_dict(), plan.model.weights_sha256
+    single = all(tensor.dtype == torch.float32 for tensor in state.values() if tensor.is_floating_point())
+    if named and single and weights_sha256(state) != named:
+        raise UsageError(
+            f"The plan was made for other weights of {plan.model.name} than the model given holds; make a plan for this model "
+            "(check_weights=False cuts it nevertheless, and nothing that was measured holds then)."
+        )
 
 
 def _criterion(plan: Plan) -> str:

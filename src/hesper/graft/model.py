@@ -325,11 +325,13 @@ class GraftedViT(nn.Module):
         return layout.restored(values)
 
     def _check(self, images: Tensor) -> None:
-        size = self.plan.model.anatomy.image_size
-        if images.ndim != 4 or len(images) == 0 or tuple(images.shape[-2:]) != size:
+        anatomy = self.plan.model.anatomy
+        size = anatomy.image_size
+        channels = anatomy.channels
+        if images.ndim != 4 or len(images) == 0 or tuple(images.shape[1:]) != (channels, *size) or not images.is_floating_point():
             raise UsageError(
-                f"The model takes one or more images of {size[0]} x {size[1]} pixels, not a tensor of shape {tuple(images.shape)}; "
-                "resize them."
+                f"The model takes one or more images of {channels} channels and {size[0]} x {size[1]} pixels in floating point, not a "
+                f"tensor of shape {tuple(images.shape)} and {str(images.dtype).removeprefix('torch.')}; resize or convert them."
             )
 
 

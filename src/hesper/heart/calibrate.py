@@ -35,13 +35,13 @@ def calibration(
         if not plan.tokens:
             return ()
         smooth = replace(plan, tokens=tuple(replace(cut, multiple=1) for cut in plan.tokens))
-        removed = mean_removed(graft(module, smooth, tensors), batches())
+        removed = mean_removed(graft(module, smooth, tensors, check_weights=False), batches())
         if schedule == "symmetric":
             removed = _same_share(plan, removed)
         fixed = as_counts(plan, removed)
         if counts == "fixed":
             return fixed
-        return _as_thresholds(plan, fixed, graft(module, replace(plan, tokens=fixed, dial=None), tensors), batches())
+        return _as_thresholds(plan, fixed, graft(module, replace(plan, tokens=fixed, dial=None), tensors, check_weights=False), batches())
 
     return cuts
 

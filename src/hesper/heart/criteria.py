@@ -24,6 +24,7 @@ from hesper.graft import CURVATURE
 from hesper.heart.gated import HEAD_GATES, HEAD_SHIFTS, TOKEN_GATES, TOKEN_SHIFTS, gated_forward
 from hesper.heart.lenses import gated_lens
 from hesper.hosts import Host
+from hesper.kinds import check_kinds
 from hesper.registry import did_you_mean
 
 
@@ -45,6 +46,7 @@ class Criterion:
 
     def __post_init__(self) -> None:
         """Refuse unknown names and impossible numbers."""
+        check_kinds(self, "criterion's")
         if self.name not in CURVATURE:
             raise UsageError(f"There is no criterion '{self.name}'; {did_you_mean(self.name, CURVATURE)}")
         if not 0 < self.temperature < math.inf or self.draws < 1:

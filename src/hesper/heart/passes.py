@@ -85,8 +85,12 @@ class Passes:
 
     def dense(self, name: str, stage: str, module: nn.Module, indices: Sequence[int]) -> StoredLogits:
         """The dense model's logits on this process's batches, kept under ``name``."""
-        kept = self.work.load(name)
-        logits = jointly(self.team, lambda: self._dense(name, stage, module, indices) if kept is None else self._stored(name, kept))
+
+        def stored_or_made() -> StoredLogits:
+            stored = self._stored(name)
+            return self._dense(name, stage, module, indices) if stored is None else stored
+
+        logits = jointly(self.team, stored_or_made)
         self._pool(indices)
         return logits
 
@@ -153,10 +157,19 @@ class Passes:
         """Those of the images that no pass failed to decode."""
         return tuple(index for index in indices if self.images.files[index] not in self.skipped)
 
-    def _stored(self, name: str, kept: Kept) -> StoredLogits:
-        """Logits as they were left."""
+    def _stored(self, name: str) -> StoredLogits | None:
+        """Logits as they were left, or None where they are not there or damaged."""
+        kept = self.work.load(name)
+        if kept is None:
+            return None
+        try:
+            rows = self.work.rows(name, tuple(kept.notes["shape"]), kept.notes["dtype"], new=False)
+        except OSError:
+            return None
+        if _rows_sha256(rows) != kept.notes.get("sha256"):
+            return None
         self._note([Skipped(*skip) for skip in kept.notes["skipped"]])
-        return StoredLogits(self.work.rows(name, tuple(kept.notes["shape"]), kept.notes["dtype"], new=False), kept.notes["ends"])
+        return StoredLogits(rows, kept.notes["ends"])
 
     def _dense(self, name: str, stage: str, module: nn.Module, indices: Sequence[int]) -> StoredLogits:
         """Logits of this process's batches, kept under ``name``."""
@@ -172,7 +185,7 @@ class Passes:
             ends.append(start + len(logits))
         if isinstance(rows, np.memmap):
             rows.flush()  # before they are called finished
-        self._keep(name, {}, ends=ends, shape=list(rows.shape), dtype=str(rows.dtype))
+        self._keep(name, {}, ends=ends, shape=list(rows.shape), dtype=str(rows.dtype), sha256=_rows_sha256(rows))
         return StoredLogits(rows, ends)
 
     def _most(self, indices: Sequence[int]) -> int:
@@ -226,6 +239,10 @@ def _identity(cut: GraftedViT) -> str:
 def _cuts(plan: Plan) -> str:
     """What a plan cuts and how that is priced."""
     return repr((plan.pricing, plan.tokens, plan.heads, plan.gates, plan.skip_unread))
+
+
+def _rows_sha256(rows: NDArray[Any]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(rows).data).hexdigest()
 
 
 def _digest(words: str, tensors: Mapping[str, Tensor]) -> str:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import torch
 
@@ -24,6 +24,7 @@ from hesper.heart.placement import Trial
 from hesper.heart.price import plan_price
 from hesper.heart.refit import RefitSums
 from hesper.hosts.open import OpenModel
+from hesper.kinds import check_kinds
 from hesper.measure.evaluate import Evaluation, estimate
 from hesper.parallel import Alone, Team
 from hesper.plan import Budget, Combine, Estimate, Plan, Pricing, Provenance, Schedule, check_budget
@@ -68,17 +69,12 @@ class Settings:
     def __post_init__(self) -> None:
         """Refuse words and numbers that mean nothing; UsageError names them."""
         check_budget(self.budget)
-        for name, hint in get_type_hints(type(self)).items():
-            options = [word for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part)]
-            value, countable = getattr(self, name), int in get_args(hint)
-            if options and value not in options and not (countable and type(value) is int):
-                known = [*map(repr, options), *["a whole number"] * countable]
-                raise UsageError(f"The setting {name} is {value!r}; use {' or '.join(known)}.")
+        check_kinds(self, "setting")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"The seed is {self.seed}; it must be a whole number from 0 to 2^63 - 1.")
         for name in ("rank", "batch_size", "rounds", "multiple"):
             number = getattr(self, name)
-            if number != "auto" and (type(number) is not int or number < 1):
+            if number != "auto" and number < 1:
                 raise UsageError(f"The setting {name} is {number!r}; it must be a whole number of at least 1.")
         if not 0 <= self.gamma < float("inf"):
             raise UsageError(f"The setting gamma is {self.gamma}; it must be a number of at least 0.")
@@ -182,7 +178,7 @@ class _Job:
             chosen = choose(self._families(tables, atlas, 1), settings.budget, tune, prove, compare, improvements)
         started = self._clock("search", started)
         tables = chosen.family.tables
-        grafted = graft(host.module, chosen.plan, tables.tensors)
+        grafted = graft(host.module, chosen.plan, tables.tensors, check_weights=False)
         verify = self.passes.readable(self.verify)
         made = replace(chosen.plan.provenance, fit_images=len(self.passes.readable(self.fit)), verify_images=len(verify))
         plan = replace(chosen.plan, provenance=made, measured=chosen.measured, points=chosen.points, expected_loss=self._expected(grafted))
@@ -310,7 +306,7 @@ class _Job:
                     check_sample(self.settings.budget, len(self.passes.readable(indices)))
 
             def measured(plan: Plan) -> Evaluation:
-                cut = graft(self.model.host.module, plan, family.tables.tensors)
+                cut = graft(self.model.host.module, plan, family.tables.tensors, check_weights=False)
                 return self.passes.evaluate(name, f"{label}: {family.name}", cut, self.logits[name], indices)
 
             return measured

@@ -41,7 +41,7 @@ class Refinement:
     def __init__(self, module: nn.Module, plan: Plan, tables: Tables, steps: int, seed: int, team: Team | None = None) -> None:
         self.module, self.plan, self.start, self.steps, self.seed = module, plan, tables, steps, seed
         self.team = team or Alone()
-        self.cut = graft(module, plan, tables.tensors)
+        self.cut = graft(module, plan, tables.tensors, check_weights=False)
         self.learned = _learned(self.cut)
         self.done = torch.zeros((), dtype=torch.float64)
         self._loss = DenseKL()

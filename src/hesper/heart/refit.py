@@ -43,7 +43,7 @@ class RefitSums:
 
     def __init__(self, host: Host, plan: Plan, tables: Tables, criterion: Criterion, generator: torch.Generator) -> None:
         self.anatomy, self.start, self.criterion, self.generator = host.anatomy, tables, criterion, generator
-        self.cut = Watched(graft(host.module, plan, tables.tensors))
+        self.cut = Watched(graft(host.module, plan, tables.tensors, check_weights=False))
         self.blocks = tuple(cut.block for cut in plan.tokens)
         gone = {cut.block: cut.remove for cut in plan.heads}
         self.heads = {block: [head for head in range(self.anatomy.heads) if head not in gone.get(block, ())] for block in self.blocks}

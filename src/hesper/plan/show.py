@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from hesper.plan.toml import plan_hash
-from hesper.plan.vocabulary import Budget, Estimate, HeadCut, HeadGate, Plan, TokenCut
+from hesper.plan.vocabulary import Budget, Estimate, HeadCut, HeadGate, OperatingPoint, Plan, TokenCut
 
 __all__ = ["render"]
 
@@ -14,7 +14,6 @@ _COLUMNS, _LINES = 80, 40
 _LABEL = 10
 _BAR = 20
 _STATEMENT_LINES, _WHY_LINES, _MADE_LINES = 3, 2, 2
-_POINTS = 5
 
 
 def render(plan: Plan, declined: Mapping[str, str] | None = None) -> str:
@@ -73,10 +72,16 @@ def _measured(plan: Plan) -> list[str]:
         kept = [point.macs for point in plan.points]
         lines += _labelled("points", f"{len(kept)} measured on the way, kept MACs {min(kept):.3g} to {max(kept):.3g}")
     verified = sorted((point for point in plan.points if point.verified), key=lambda point: point.dial)
-    for number, point in enumerate(verified[:: max(1, -(-len(verified) // _POINTS))]):
+    for number, point in enumerate(_shown(verified, plan.dial)):
         text = f"{point.dial:.3g} nats: MACs {point.macs:.3f}, drift {point.drift_kl:.4f}, agreement {point.agreement:.3f} (n = {point.n})"
-        lines += _labelled("dial" if number == 0 else "", text)
+        lines += _labelled("this run" if point.dial == plan.dial else "dial" if number == 0 else "", text)
     return lines
+
+
+def _shown(verified: Sequence[OperatingPoint], own: float | None) -> list[OperatingPoint]:
+    """A few of the points: both ends of the verified range, the run's own and some between."""
+    last, middle = len(verified) - 1, next((place for place, point in enumerate(verified) if point.dial == own), len(verified) // 2)
+    return [verified[place] for place in sorted({0, middle // 2, middle, (middle + last) // 2, last})] if verified else []
 
 
 def _budget(budget: Budget) -> str:

@@ -8,6 +8,7 @@ import numbers
 from collections.abc import Iterator, Sequence
 
 from hesper.errors import UsageError
+from hesper.kinds import check_kinds
 from hesper.plan.vocabulary import SCHEMA, Anatomy, Budget, HeadCut, HeadGate, Plan, TokenCut
 
 __all__ = ["check_budget", "validate"]
@@ -134,7 +135,8 @@ def _check_pricing(plan: Plan) -> None:
 
 
 def check_budget(budget: Budget) -> None:
-    """Raise UsageError for a value or a confidence that no plan could mean."""
+    """Raise UsageError for a kind, a value or a confidence that no plan could mean."""
+    check_kinds(budget, "budget's")
     value = budget.value
     if budget.kind == "macs" and not 0 < value <= 1:
         raise UsageError(f"the kept share of MACs must lie above 0 and be at most 1, not {value:g}; give for example 0.66")

@@ -37,6 +37,12 @@ class Anatomy:
     readout_macs: int | None = None
     readout_token_macs: int | None = None
 
+    @property
+    def channels(self) -> int:
+        """Channels of an image."""
+        (height, width), (rows, columns) = self.image_size, self.grid
+        return self.patch_values // ((height // rows) * (width // columns))
+
 
 @dataclass(frozen=True)
 class ModelRef:
