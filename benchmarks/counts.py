@@ -3,8 +3,9 @@
     python benchmarks/counts.py --data DATA --runs RUN RUN
 
 A run's twin has its blocks, prices and all that was learned, but every block removes the mean number of tokens that the run's own
-thresholds remove at some dial; the dial is sought at which both drift equally far on the calibration images that verified the run.
-Both and the dense model then take turns on validation images. Let nothing else run meanwhile.
+thresholds remove at some dial. A dial is sought at which both keep as many MACs, and they are compared on all images that fitted
+nothing; and one at which both drift equally far on the calibration images that verified the run, where both and the dense model take
+turns on validation images. Let nothing else run meanwhile.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from common import MODELS, Place, say
 from criteria import BATCH
@@ -77,8 +79,37 @@ class Twins:
             low, high = (low, dial) if found.drift_kl.mean() > drift else (dial, high)
         return min(tried, key=lambda each: abs(math.log(each[1].drift_kl.mean() / drift)))
 
+    def as_dear(self, macs: float) -> GraftedViT:
+        """The twin that keeps as many MACs."""
+        own = self.run.plan.dial
+        assert own is not None
+        low, high, image = own / 8, own * 2, next(iter(batches(self.val, 1, indices=[0]))).images
+        twins = []
+        for _ in range(2 * TRIALS):
+            dial = math.sqrt(low * high)
+            twins.append((twin := self.fixed(dial), found := kept(twin, [image])))
+            low, high = (dial, high) if found > macs else (low, dial)
+        return min(twins, key=lambda each: abs(each[1] - macs))[0]
+
+    def at_as_many_macs(self) -> None:
+        """Print how much less far adaptive counts drift, and how much more often they agree."""
+        val = [batches(self.val, BATCH) for _ in range(3)]
+        logits = dense_logits(self.model.host.module, val[0])
+        own = (self.measured(self.run), evaluate(self.run, logits, val[1]))
+        macs = np.concatenate([found.macs for found in own]).mean() / own[0].macs_dense
+        twin = self.as_dear(float(macs))
+        other = (self.measured(twin), evaluate(twin, logits, val[2]))
+        for name, these, those in zip(("verifying", "validation"), own, other, strict=True):
+            ratio, drawn = these.drift_kl.mean() / those.drift_kl.mean(), np.random.default_rng(0).integers(0, these.n, (2000, these.n))
+            error = (these.drift_kl[drawn].mean(1) / those.drift_kl[drawn].mean(1)).std()
+            gain = these.agreement.astype(float) - those.agreement
+            shares = f"MACs {these.kept_macs.mean:.4f} and {those.kept_macs.mean:.4f}"
+            say(f"{self.path.name}, {name}: {shares}, adaptive drifts {ratio:.3f} +- {error:.3f} times as far as fixed")
+            say(f"  and agrees in {100 * gain.mean():+.2f} +- {100 * gain.std(ddof=1) / math.sqrt(these.n):.2f} points more")
+
     def compare(self, rounds: int) -> None:
         """Find the twin, time both, print."""
+        self.at_as_many_macs()
         own = self.measured(self.run)
         twin, other = self.as_far(float(own.drift_kl.mean()))
         for name, found in (("adaptive", own), ("fixed", other)):
@@ -99,12 +130,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, nargs="+", required=True)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args()
     torch.set_num_threads(2)
     say(json.dumps(environment()))
     place = Place(options.data)
     for run in options.runs:
-        Twins(place, run).compare(ROUNDS)
+        Twins(place, run).compare(options.rounds)
 
 
 if __name__ == "__main__":

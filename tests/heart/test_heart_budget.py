@@ -177,6 +177,23 @@ def test_an_improvement_that_is_interrupted_ends_the_job(budget):
         choose([family()], budget, lambda f: world(100, 1), lambda f: world(400, 0), improvements=[improvement])
 
 
+def test_where_macs_fall_steeply_behind_a_plain_the_budget_is_nearly_spent():
+    def steep(n, seed):
+        rng = np.random.default_rng(seed)
+        noise = rng.normal(0, 0.02, n)
+
+        def trial(plan):
+            dial = plan.tokens[0].threshold
+            kept = 1 - 0.28 / (1 + (dial / 1e-2) ** -10.0) + noise
+            kl = rng.lognormal(0, 0.1, n) * dial
+            return Evaluation(kl, np.ones(n), kept * DENSE, np.ones((n, 12), dtype=np.int64), DENSE, None, None, None, None, None, 0.0)
+
+        return trial
+
+    chosen = choose([family()], Budget("macs", 0.9, 0.95), lambda f: steep(128, 1), lambda f: steep(500, 0))
+    assert 0.885 < chosen.measured.macs.mean < 0.9
+
+
 def test_a_cliff_in_the_macs_does_not_refuse_what_can_be_proven():
     def cliff(at, n, seed):
         noise = np.random.default_rng(seed).normal(0, 0.02, n)

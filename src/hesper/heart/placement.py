@@ -23,6 +23,7 @@ IMPERCEPTIBLE = 0.0003  # nats of drift that no decision is worth
 # Powers of two around the dial that met the budget on fitting images: fixed beforehand, finer where the answer is likely.
 LADDER = (-5.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)
 SIGMAS = (5.0, 4.0, 3.2, 2.6, 2.1, 1.7, 1.3, 0.9)
+SLOPE_REACH = (0.03, 0.1)  # of the kept MACs: points this near say how fast they fall
 SAFE = (2.0, 0.7)  # steps in the dial's logarithm from which MACs are on the safe side whatever their slope was taken for
 # What is learned later lowers the drift of some sets of blocks by a quarter and of others not at all, so several are improved.
 FINALISTS, BEHIND = 3, 0.03
@@ -118,8 +119,11 @@ def _dials(family: Family, dial: float, evaluation: Evaluation, tried: Sequence[
 
 def _slope(points: Sequence[OperatingPoint], near: float) -> float:
     """How fast a family's kept MACs fall with the logarithm of the dial around ``near``; a cautious guess where too little was measured."""
-    close = {(math.log(point.dial), point.macs) for point in points if abs(point.macs - near) < 0.1}
-    if len({x for x, _ in close}) < 2:
+    for reach in SLOPE_REACH:
+        close = {(math.log(point.dial), point.macs) for point in points if abs(point.macs - near) < reach}
+        if len({x for x, _ in close}) >= 2:
+            break
+    else:
         return 0.1
     mean_x, mean_y = (sum(values) / len(close) for values in zip(*close, strict=True))
     variance = sum((x - mean_x) ** 2 for x, _ in close)
