@@ -101,6 +101,11 @@ def test_headline_figures_are_the_record_s(run, page):
     assert open_run(run).plan.measured.statement.split(" (")[0] in text
 
 
+def test_steps_of_counts_are_named(run, page):
+    multiple = package.load(run).plan.tokens[0].multiple
+    assert multiple > 1 and f"Each image has a multiple of {multiple} tokens" in " ".join(page.split())
+
+
 def test_a_run_made_in_python_says_the_command_that_asks_for_it(run):
     (facts,) = collect([run])
     words = shlex.split(command(facts))
