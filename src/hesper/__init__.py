@@ -1,6 +1,6 @@
 """Hesper: Hessian-guided pruning for edge runtimes.
 
-``prune``, ``load`` and ``evaluate`` are the verbs of the command line, in Python. They are imported when first used, so that the
+``prune``, ``load``, ``evaluate`` and ``bench`` are the verbs of the command line, in Python. They are imported when first used, so that the
 words of the project (``hesper.plan``, ``hesper.runs``) stay free of torch.
 """
 
@@ -13,6 +13,7 @@ from hesper.version import __version__
 
 if TYPE_CHECKING:
     from hesper.api import evaluate, load, prune
+    from hesper.benchmark import bench
     from hesper.heart.criteria import Criterion
     from hesper.heart.prune import Settings
     from hesper.hosts.open import open_model
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
 _DOORS = {
     "Criterion": "hesper.heart.criteria",
     "Settings": "hesper.heart.prune",
+    "bench": "hesper.benchmark",
     "evaluate": "hesper.api",
     "load": "hesper.api",
     "open_model": "hesper.hosts.open",
     "prune": "hesper.api",
 }
 
-__all__ = ["Criterion", "Settings", "__version__", "evaluate", "load", "open_model", "prune"]
+__all__ = ["Criterion", "Settings", "__version__", "bench", "evaluate", "load", "open_model", "prune"]
 
 
 def __dir__() -> list[str]:

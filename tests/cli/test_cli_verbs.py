@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from cli_helpers import NAME, hesper, sentence, write_images
 from hesper.cli import main
 from hesper.cli.options import declined
+from hesper.meters import METERS
 from hesper.plan import plan_hash, render
 from hesper.runs import open_run
 
@@ -35,8 +36,8 @@ def test_help_lists_the_verbs_and_so_does_no_verb() -> None:
         assert result.exit_code == 0
         lines = result.stdout.splitlines()
         start = lines.index("Commands:") + 1
-        assert [line.split()[0] for line in lines[start : start + 6]] == ["demo", "prune", "eval", "show", "report", "doctor"]
-        assert "..." not in "".join(lines[start : start + 6])
+        assert [line.split()[0] for line in lines[start : start + 7]] == ["demo", "prune", "eval", "bench", "show", "report", "doctor"]
+        assert "..." not in "".join(lines[start : start + 7])
 
 
 def test_wrong_words_get_one_sentence() -> None:
@@ -164,7 +165,9 @@ def test_doctor_says_what_there_is_and_why_the_rest_is_not() -> None:
     assert found["environment"]["torch"] and "math" in found["attention"]["cpu"]
     assert (found["cuda"]["device"] is None) == (found["cuda"]["why_not"] is not None)
     assert set(found["optional"]) == {"transformers", "datasets", "onnx", "onnxruntime", "pynvml"}
+    assert found["meters"].keys() == METERS.keys() and all(state["reason"] for state in found["meters"].values())
     text = hesper("doctor").stdout
+    assert all(f"meter {name}" in text for name in METERS)
     assert "CUDA" in text and "attention on cpu" in text
 
 

@@ -22,7 +22,7 @@ OPTIONAL = {
 @click.command(short_help="Say what is available here, and why the rest is not.", epilog=example("hesper doctor --json"))
 @with_json
 def doctor(json_: bool) -> None:
-    """Say what is available here: versions, devices, attention kernels and optional packages, and why the rest is not."""
+    """Say what is available here: versions, devices, attention kernels, energy meters and optional packages, and why the rest is not."""
     found = examine()
     click.echo(as_json(found) if json_ else _table(found))
 
@@ -30,6 +30,7 @@ def doctor(json_: bool) -> None:
 def examine() -> dict[str, Any]:
     """What is available here, in plain values."""
     from hesper.device import attention_kernels, cuda_device
+    from hesper.meters import survey
     from hesper.runs import environment
 
     name, reason = cuda_device()
@@ -37,6 +38,7 @@ def examine() -> dict[str, Any]:
         "environment": environment(),
         "cuda": {"device": name, "why_not": reason or None},
         "attention": {device: attention_kernels(device) for device in ("cpu", *(["cuda"] if name else []))},
+        "meters": {said.meter: {"usable": said.usable, "reason": said.reason, "scope": said.scope} for said in survey()},
         "optional": {package: {"version": _version(package), "for": use} for package, use in OPTIONAL.items()},
     }
 
@@ -66,6 +68,8 @@ def _table(found: dict[str, Any]) -> str:
     ]
     for device, kernels in found["attention"].items():
         rows += [(f"attention on {device}", ", ".join(kernels) or "none")]
+    for name, state in found["meters"].items():
+        rows += [(f"meter {name}", f"{state['scope']}: {state['reason']}" if state["usable"] else f"none: {state['reason']}")]
     for package, state in found["optional"].items():
         rows += [(package, state["version"] or f"not installed; this version runs without it ({state['for']} will need it)")]
     width = max(len(name) for name, _ in rows) + 2

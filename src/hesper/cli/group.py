@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import click
 
+from hesper.cli.bench import bench
 from hesper.cli.demo import demo
 from hesper.cli.doctor import doctor
 from hesper.cli.eval import evaluate
@@ -84,5 +85,5 @@ def main(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for verb in (demo, prune, evaluate, show, report, doctor):
+for verb in (demo, prune, evaluate, bench, show, report, doctor):
     main.add_command(verb)

@@ -1,0 +1,130 @@
+"""The process that measures: reads a request from its input, writes events to its output, one JSON object a line.
+
+It stands alone so that a crash or a lack of memory ends it and nothing else, and so that the peak of its memory is that of one model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from hesper.benchmark.request import Request
+from hesper.benchmark.subject import Opened, images_for, open_subject
+from hesper.device import use_device
+from hesper.errors import HesperError
+from hesper.measure.latency import settle
+from hesper.measure.timing import take_turns
+
+__all__ = ["GO", "main"]
+
+GO = "go"
+MEMORY_CALLS = 3
+
+Tell = Callable[..., None]
+
+
+def main() -> None:
+    """Serve one request."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever else prints must not come between the events
+
+    def tell(event: str, **values: Any) -> None:
+        out.write(json.dumps({"event": event, **values}) + "\n")
+        out.flush()
+
+    try:
+        serve(Request.loads(sys.stdin.readline()), sys.stdin, tell)
+    except HesperError as error:
+        tell("refused", sentence=str(error), exit_code=error.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        if not _lacks_memory(error):
+            raise
+        tell("out of memory", sentence=str(error).splitlines()[0] if str(error) else type(error).__name__)
+
+
+def serve(request: Request, commands: TextIO, tell: Tell) -> None:
+    """Do what is asked and tell how it goes."""
+    use_device(request.device)
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    wait = torch.cuda.synchronize if request.device == "cuda" else lambda: None
+    opened = {name: open_subject(subject, request.device) for name, subject in request.subjects.items()}
+    images = images_for(opened, request.data, request.batch_size, request.device)
+    tell("opened")
+    with torch.inference_mode():
+        if request.purpose == "memory":
+            _memory(opened, images, wait, tell, request.device)
+        else:
+            _times(request, opened, images, wait, commands, tell)
+    tell("done")
+
+
+def _times(
+    request: Request, opened: dict[str, Opened], images: Sequence[Tensor], wait: Callable[[], None], commands: TextIO, tell: Tell
+) -> None:
+    jobs = {name: _job(each, images) for name, each in opened.items()}
+    warm = settle(jobs, synchronise=wait)
+    tell("settled", rounds=warm.rounds, settled=warm.settled)
+    jobs = {name: _job(each, images) for name, each in opened.items()}  # both begin with the same batch again
+    turns = take_turns(jobs, rounds=request.rounds, warmup=0, synchronise=wait, progress=lambda count: tell("round", count=count))
+    macs = {name: sum(each.macs(batch) for batch in images) / len(images) for name, each in opened.items()}
+    tell("times", seconds=dict(turns.seconds), macs=macs)
+    if request.stretches:
+        tell("ready")  # at rest, with everything loaded: what the machine draws now is its idle power
+        if commands.readline().strip() != GO:
+            return
+        for _ in range(request.stretches):
+            for name, job in jobs.items():
+                tell("stretch", subject=name, **_stretch(job, request.stretch_seconds, wait, request.batch_size))
+
+
+def _stretch(job: Callable[[], object], seconds: float, wait: Callable[[], None], batch_size: int) -> dict[str, float]:
+    calls, start = 0, time.monotonic()
+    while (end := time.monotonic()) - start < seconds:
+        job()
+        wait()
+        calls += 1
+    return {"start": start, "end": end, "images": calls * batch_size}
+
+
+def _memory(opened: dict[str, Opened], images: Sequence[Tensor], wait: Callable[[], None], tell: Tell, device: str) -> None:
+    """The peak of this process's memory, and of the device's, with one model."""
+    (each,) = opened.values()
+    job = _job(each, images)
+    for _ in range(MEMORY_CALLS):
+        job()
+    wait()
+    tell("memory", host=_peak_of_host(), device=torch.cuda.max_memory_allocated() if device == "cuda" else None)
+
+
+def _job(opened: Opened, images: Sequence[Tensor]) -> Callable[[], object]:
+    batches: Iterator[Tensor] = itertools.cycle(images)
+    return lambda: opened.model(next(batches))
+
+
+def _peak_of_host() -> int | None:
+    """Bytes of main memory that this process held at most; None where the system does not say."""
+    with contextlib.suppress(ImportError):
+        import resource
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return int(most if sys.platform == "darwin" else most * 1024)
+    return None
+
+
+def _lacks_memory(error: Exception) -> bool:
+    words = ("out of memory", "can't allocate memory", "not enough memory", "NvMapMemAlloc")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+if __name__ == "__main__":
+    main()

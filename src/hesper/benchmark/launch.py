@@ -1,0 +1,196 @@
+"""Starting the processes that measure, one for every batch size and model, and reading the meter beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from hesper.benchmark.child import GO
+from hesper.benchmark.record import Cell, Ending, Series
+from hesper.benchmark.request import Request
+from hesper.errors import JobError, UsageError
+from hesper.meters import Energy, Meter, Sampler, energy
+
+__all__ = ["Progress", "cell"]
+
+Progress = Callable[[str, int, int], None]
+COMMAND = (sys.executable, "-m", "hesper.benchmark.child")
+IDLE_SECONDS = 3.0
+LONGEST_REASON = 200
+
+
+@dataclass
+class _Story:
+    """What a process told before it ended, and how it ended."""
+
+    ending: Ending = "done"
+    reason: str | None = None
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    def last(self, event: str) -> dict[str, Any] | None:
+        return next((each for each in reversed(self.events) if each["event"] == event), None)
+
+    def every(self, event: str) -> list[dict[str, Any]]:
+        return [each for each in self.events if each["event"] == event]
+
+
+def cell(request: Request, meter: Meter | None, timeout: float, progress: Progress | None = None) -> Cell:
+    """Measure one batch size: times in one process, memory in one process for each model.
+
+    Whatever ends a process is a result; only a request that is wrong raises.
+
+    Args:
+        request: with the purpose "time".
+        meter: one that can be read, or None for no energy.
+        timeout: seconds after which a process is given up.
+        progress: told (stage, done, total).
+
+    Raises:
+        UsageError: the process refused the request: no such model, wrong weights, no images.
+        JobError: likewise, where the request is not at fault.
+    """
+    energies: dict[str, list[tuple[Energy, int]]] = {name: [] for name in request.subjects}
+    asked = request if meter is not None else dataclasses.replace(request, stretches=0)
+    story = _run(asked, timeout, progress, None if meter is None else lambda go, until: _metered(meter, go, until, energies))
+    times, settled = story.last("times"), story.last("settled") or {"rounds": 0, "settled": False}
+    if times is None:
+        if story.ending == "done":
+            story.ending, story.reason = "crashed", "the process ended without a result"
+        return Cell(request.batch_size, story.ending, story.reason, settled["rounds"], settled["settled"], {})
+    series = {}
+    for name, subject in request.subjects.items():
+        one = dataclasses.replace(request, subjects={name: subject}, purpose="memory", stretches=0)
+        peak = _run(one, timeout, progress).last("memory") or {"host": None, "device": None}
+        found, counts = tuple(each for each, _ in energies[name]), tuple(count for _, count in energies[name])
+        series[name] = Series(tuple(times["seconds"][name]), times["macs"][name], peak["host"], peak["device"], found, counts)
+    return Cell(request.batch_size, story.ending, story.reason, settled["rounds"], settled["settled"], series)
+
+
+def _metered(
+    meter: Meter, go: Callable[[], None], until_done: Callable[[], list[dict[str, Any]]], energies: dict[str, list[tuple[Energy, int]]]
+) -> None:
+    """Read the meter while the process rests, then while it runs stretch after stretch."""
+    with Sampler(meter) as sampler:
+        start = time.monotonic()
+        time.sleep(IDLE_SECONDS)
+        rest = time.monotonic()
+        go()
+        stretches = until_done()
+    idle = energy(sampler.trace, start, rest).watts
+    for each in stretches:
+        energies[each["subject"]].append((energy(sampler.trace, each["start"], each["end"], idle), int(each["images"])))
+
+
+def _run(
+    request: Request,
+    timeout: float,
+    progress: Progress | None,
+    metered: Callable[[Callable[[], None], Callable[[], list[dict[str, Any]]]], None] | None = None,
+) -> _Story:
+    """Run one process to its end."""
+    story, deadline = _Story(), time.monotonic() + timeout
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints, _process(complaints) as process:
+        assert process.stdin is not None
+        tell = process.stdin
+
+        def say(text: str) -> None:
+            with contextlib.suppress(BrokenPipeError):
+                tell.write(text + "\n")
+                tell.flush()
+
+        lines = _lines(process, deadline)
+        say(request.dumps())
+        try:
+            for event in lines:
+                story.events.append(event)
+                _show(event, request, progress)
+                if event["event"] == "ready" and metered is not None:
+                    metered(lambda: say(GO), lambda: _stretches(lines, story))
+        except TimeoutError:
+            process.kill()
+            process.wait()
+            story.ending, story.reason = "timed out", f"it took longer than {timeout:g} s"
+            return story
+        code = process.wait()
+        complaints.seek(0)
+        _judge(story, code, complaints.read())
+    return story
+
+
+def _stretches(lines: Iterator[dict[str, Any]], story: _Story) -> list[dict[str, Any]]:
+    for event in lines:
+        story.events.append(event)
+    return story.every("stretch")
+
+
+@contextlib.contextmanager
+def _process(complaints: IO[str]) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, text=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:  # interrupted
+            process.kill()
+            process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+
+def _lines(process: subprocess.Popen[str], deadline: float) -> Iterator[dict[str, Any]]:
+    """The events of a process; TimeoutError where none comes before ``deadline``."""
+    told: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def pump() -> None:
+        assert process.stdout is not None
+        with contextlib.suppress(ValueError):  # closed meanwhile
+            for line in process.stdout:
+                told.put(line)
+        told.put(None)
+
+    threading.Thread(target=pump, daemon=True).start()
+    while True:
+        try:
+            line = told.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise TimeoutError from None
+        if line is None:
+            return
+        yield json.loads(line)
+
+
+def _show(event: dict[str, Any], request: Request, progress: Progress | None) -> None:
+    if progress is None:
+        return
+    if event["event"] == "round":
+        progress(f"Time batches of {request.batch_size}", event["count"], request.rounds)
+    stages = {"opened": f"Warm up, batches of {request.batch_size}", "ready": "Measure energy", "memory": "Measure memory"}
+    if event["event"] in stages:
+        progress(stages[event["event"]], 0, 0)
+
+
+def _judge(story: _Story, code: int, complaints: str) -> None:
+    """How a process ended, from its last words."""
+    refused, starved = story.last("refused"), story.last("out of memory")
+    if refused is not None:
+        raise (UsageError if refused["exit_code"] == UsageError.exit_code else JobError)(refused["sentence"])
+    if starved is not None:
+        story.ending, story.reason = "out of memory", starved["sentence"]
+    elif code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        story.ending, story.reason = "out of memory", "the system ended it, as it does where memory runs out"
+    elif code != 0:
+        last = next((line for line in reversed(complaints.splitlines()) if line.strip()), f"exit code {code}")
+        how = f"signal {-code}" if code < 0 else last.strip()[:LONGEST_REASON]
+        story.ending, story.reason = "crashed", how

@@ -1,0 +1,141 @@
+"""What a bench found: raw times of every call, memory, energy, and what became of every batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hesper.measure.fingerprint import Fingerprint, warnings_between
+from hesper.measure.latency import Latency, latency
+from hesper.measure.timing import Comparison, Turns
+from hesper.meters import Energy
+
+__all__ = ["Bench", "Cell", "Ending", "Series"]
+
+Ending = Literal["done", "out of memory", "crashed", "timed out"]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One model at one batch size.
+
+    ``seconds`` of each timed call, in order; ``macs`` an image, a mean; peaks of memory in bytes; ``energies`` of stretches without a
+    pause and ``images`` that ran in each.
+    """
+
+    seconds: tuple[float, ...]
+    macs: float
+    host_bytes: int | None = None
+    device_bytes: int | None = None
+    energies: tuple[Energy, ...] = ()
+    images: tuple[int, ...] = ()
+
+    @property
+    def latency(self) -> Latency:
+        """How single calls are spread."""
+        return latency(self.seconds)
+
+    @property
+    def joules_per_image(self) -> tuple[float | None, float | None, str | None]:
+        """Joules an image, in all and without what the machine draws at rest; or None twice and why."""
+        if not self.energies:
+            return None, None, "energy was not measured"
+        known = [(each, count) for each, count in zip(self.energies, self.images, strict=True) if each.joules is not None]
+        if not known:
+            return None, None, self.energies[0].reason
+        total = sum(count for _, count in known)
+        net = [each.net_joules for each, _ in known]
+        rest = None if any(value is None for value in net) else sum(value for value in net if value is not None) / total
+        return sum(each.joules or 0.0 for each, _ in known) / total, rest, None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One batch size: how it ended (with a reason, where not well), the warm-up, and each model's series by name."""
+
+    batch_size: int
+    ending: Ending
+    reason: str | None
+    warmup_rounds: int
+    settled: bool
+    series: Mapping[str, Series]
+
+    def compare(self) -> Comparison | None:
+        """How many times faster the target was than the baseline, with its bootstrap interval; None without both."""
+        if set(self.series) != {"target", "baseline"}:
+            return None
+        return Turns({name: each.seconds for name, each in self.series.items()}).compare("baseline", "target")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A whole bench: models in words, device, the meter and what it covers or why there is none, the machine before and after, cells."""
+
+    target: str
+    baseline: str | None
+    device: str
+    meter: str | None
+    meter_reason: str
+    before: Fingerprint
+    after: Fingerprint
+    cells: tuple[Cell, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes its figures doubtful, in words."""
+        restless = [
+            f"times of batches of {cell.batch_size} had not settled before they were taken" for cell in self.cells if _restless(cell)
+        ]
+        return (*warnings_between(self.before, self.after), *restless)
+
+    def summary(self) -> dict[str, Any]:
+        """Everything in plain values, as the record and ``hesper bench --json`` have it: raw times too."""
+        return {
+            "target": self.target,
+            "baseline": self.baseline,
+            "device": self.device,
+            "meter": self.meter,
+            "meter_reason": self.meter_reason,
+            "warnings": list(self.warnings),
+            "machine": {"fixed": dict(self.before.fixed), "before": dict(self.before.state), "after": dict(self.after.state)},
+            "cells": [_cell(cell) for cell in self.cells],
+        }
+
+
+def _restless(cell: Cell) -> bool:
+    return bool(cell.series) and not cell.settled
+
+
+def _cell(cell: Cell) -> dict[str, Any]:
+    compared = cell.compare()
+    speedup = None if compared is None else {"ratio": compared.ratio, "low": compared.low, "high": compared.high}
+    return {
+        "batch_size": cell.batch_size,
+        "ending": cell.ending,
+        "reason": cell.reason,
+        "warmup_rounds": cell.warmup_rounds,
+        "settled": cell.settled,
+        "speedup": speedup,
+        "models": {name: _series(each, cell.batch_size) for name, each in cell.series.items()},
+    }
+
+
+def _series(series: Series, batch_size: int) -> dict[str, Any]:
+    spread = series.latency
+    total, net, reason = series.joules_per_image
+    return {
+        "latency_ms": {name: 1000 * getattr(spread, name) for name in ("mean", "p50", "p90", "p95", "p99")},
+        "images_per_s": batch_size / spread.p50,
+        "macs_mean": series.macs,
+        "host_bytes": series.host_bytes,
+        "device_bytes": series.device_bytes,
+        "joules_per_image": total,
+        "net_joules_per_image": net,
+        "no_energy_because": reason,
+        "seconds": list(series.seconds),
+        "stretches": [
+            {"images": count, **{name: getattr(each, name) for name in ("joules", "net_joules", "watts", "readings", "reason")}}
+            for each, count in zip(series.energies, series.images, strict=True)
+        ],
+    }

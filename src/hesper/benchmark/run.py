@@ -1,0 +1,110 @@
+"""A whole bench: what is compared with what, at which batch sizes, and what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hesper.benchmark.launch import Progress, cell
+from hesper.benchmark.record import Bench, Cell
+from hesper.benchmark.request import BASELINE, TARGET, Request, Subject
+from hesper.device import use_device
+from hesper.errors import UsageError
+from hesper.hosts.open import HF
+from hesper.measure.fingerprint import fingerprint
+from hesper.meters import usable
+from hesper.runs import open_run
+
+__all__ = ["bench", "subject_of"]
+
+NONE = "none"
+STRETCHES = 3
+
+
+def bench(
+    target: str | Path,
+    *,
+    baseline: str | Path | None = None,
+    batch_sizes: Sequence[int] = (1,),
+    data: str | Path | None = None,
+    weights: str | Path | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    rounds: int = 30,
+    meter: str = "auto",
+    stretch_seconds: float = 5.0,
+    timeout: float = 1800.0,
+    progress: Progress | None = None,
+) -> Bench:
+    """Time a run folder or a dense model beside a baseline, batch size by batch size, each in a process of its own.
+
+    Args:
+        target: a run folder, or a dense model by its name.
+        baseline: likewise; None takes a run's dense model, "none" no baseline.
+        batch_sizes: images at a time. Where one lacks memory, larger ones are not tried.
+        data: images to run on; without them those that a run keeps for its report.
+        weights: a weights file, for a dense model by its name.
+        device: "cpu" or "cuda".
+        threads: of the processor; None leaves torch's choice.
+        rounds: timed calls of each model, in turns.
+        meter: an energy meter's name, "auto" or "none".
+        stretch_seconds: how long a model runs without a pause for its energy, three times.
+        timeout: seconds after which a process is given up.
+        progress: told (stage, done, total).
+
+    Raises:
+        UsageError: wrong input.
+        JobError: pretrained weights cannot be had.
+    """
+    use_device(device)
+    if rounds < 3 or stretch_seconds <= 0 or timeout <= 0 or not batch_sizes or min(batch_sizes) < 1:
+        raise UsageError("A bench needs batches of at least 1 image, at least 3 rounds, and stretches and a time limit above 0 s.")
+    subjects = {TARGET: subject_of(target, weights)}
+    beside = _baseline(subjects[TARGET], baseline, weights)
+    if beside is not None:
+        subjects[BASELINE] = beside
+    before, cells = fingerprint(), list[Cell]()
+    with usable(meter, card=_card() if device == "cuda" else None) as (read, reason):
+        for size in sorted(set(batch_sizes)):
+            if cells and cells[-1].ending == "out of memory":
+                cells.append(Cell(size, "out of memory", f"not tried: {cells[-1].batch_size} images did not fit", 0, False, {}))
+                continue
+            where = None if data is None else str(data)
+            request = Request(subjects, size, where, device, threads, rounds, STRETCHES, stretch_seconds, "time")
+            cells.append(cell(request, read, timeout, progress))
+        named = None if read is None else f"{read.name} ({read.scope})"
+    words = (subjects[TARGET].words, beside.words if beside else None)
+    return Bench(*words, device, named, reason, before, fingerprint(), tuple(cells))
+
+
+def subject_of(where: str | Path, weights: str | Path | None) -> Subject:
+    """What a word on the command line means.
+
+    Raises:
+        UsageError: no run folder, though it can only be one; or weights beside a run.
+    """
+    path = Path(where)
+    if path.is_dir():
+        open_run(path)
+        if weights is not None:
+            raise UsageError(f"{where} is a run folder, which holds its own weights; leave --weights out.")
+        return Subject("run", str(where))
+    if not str(where).startswith(HF) and (path.exists() or len(path.parts) > 1):
+        raise UsageError(f"{where} is no run folder; give the folder that --out of an earlier command named, or the name of a model.")
+    return Subject("dense", str(where), None if weights is None else str(weights))
+
+
+def _card() -> str | int:
+    """The graphics card in use, by the name under which NVML knows it too."""
+    import torch
+
+    uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
+    return torch.cuda.current_device() if uuid is None else f"GPU-{uuid}"
+
+
+def _baseline(target: Subject, asked: str | Path | None, weights: str | Path | None) -> Subject | None:
+    if asked is None:
+        return Subject("dense of a run", target.where) if target.kind == "run" else None
+    if str(asked) == NONE:
+        return None
+    return subject_of(asked, None if target.kind == "run" or Path(asked).is_dir() else weights)

@@ -1,0 +1,103 @@
+"""Models to measure, opened, and the images they are measured on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hesper.artefact import load_cut, open_dense
+from hesper.benchmark.request import Subject
+from hesper.data import batches, open_images
+from hesper.errors import UsageError
+from hesper.graft import GraftedViT, graft
+from hesper.heart.gallery import load_gallery
+from hesper.hosts.open import OpenModel, open_model
+from hesper.plan import empty_plan
+from hesper.runs import open_run
+
+__all__ = ["Opened", "images_for", "open_subject"]
+
+IMAGES = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A model ready to run: ``macs`` gives the multiply-accumulates that a batch of images needs, a mean over them."""
+
+    model: nn.Module
+    macs: Callable[[Tensor], float]
+    dense: OpenModel
+    subject: Subject
+
+
+def open_subject(subject: Subject, device: str) -> Opened:
+    """Open a model on a device.
+
+    Raises:
+        UsageError: there is no such run or model, or its weights do not fit.
+        JobError: pretrained weights cannot be had.
+    """
+    by_name = subject.kind == "dense"
+    dense = open_model(subject.where, weights=subject.weights) if by_name else open_dense(open_run(subject.where))
+    if subject.kind == "run":
+        cut = load_cut(open_run(subject.where)).to(device)
+        return Opened(cut, lambda images: _mean_macs(cut, images), dense, subject)
+    blank = dataclasses.replace(empty_plan(dense.ref.name, dense.ref.anatomy), model=dense.ref)
+    count = float(graft(dense.host.module, blank, check_weights=False).dense_macs)
+    return Opened(dense.host.module.to(device), lambda images: count, dense, subject)
+
+
+def images_for(opened: Mapping[str, Opened], data: str | None, batch_size: int, device: str) -> tuple[Tensor, ...]:
+    """Batches of real images, at least two: of ``data``, evenly spread, or else those that a run keeps for its report.
+
+    A dense model takes as long whatever it sees; without any run and any data it is given noise.
+
+    Raises:
+        UsageError: the models take images of different sizes, or there are none.
+    """
+    first, *others = (each.dense.ref.anatomy for each in opened.values())
+    for other in others:
+        if (other.image_size, other.channels) != (first.image_size, first.channels):
+            raise UsageError(
+                f"The models take images of {first.image_size} and {other.image_size} pixels, so no image serves both; compare others."
+            )
+    images = _noise(first.channels, first.image_size) if data is None else _of_folder(opened, data, batch_size)
+    if data is None:
+        kept = [found for each in opened.values() if each.subject.kind != "dense" and (found := _of_gallery(each)) is not None]
+        images = kept[0] if kept else images
+    count = max(2, -(-len(images) // batch_size)) * batch_size
+    repeated = images[torch.arange(count) % len(images)].to(device)
+    return tuple(torch.split(repeated, batch_size))
+
+
+def _mean_macs(cut: GraftedViT, images: Tensor) -> float:
+    with torch.inference_mode():
+        return float(cut.run(images).macs.mean())
+
+
+def _of_folder(opened: Mapping[str, Opened], data: str, batch_size: int) -> Tensor:
+    transform = next(iter(opened.values())).dense.transform
+    images = open_images(data, transform=transform, class_map=None, labelled=False)
+    wanted = min(len(images), max(IMAGES, 2 * batch_size))
+    spread = [place * len(images) // wanted for place in range(wanted)]
+    found = [batch.images for batch in batches(images, batch_size, indices=spread)]
+    if not found:
+        raise UsageError(f"No image of {data} can be decoded; give other images.")
+    return torch.cat(found)
+
+
+def _of_gallery(opened: Opened) -> Tensor | None:
+    gallery = load_gallery(Path(opened.subject.where))
+    if gallery is None:
+        return None
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (opened.dense.mean, opened.dense.std))
+    return (gallery.pictures.permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+def _noise(channels: int, size: tuple[int, int]) -> Tensor:
+    return torch.randn(IMAGES // 8, channels, *size, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,165 @@
+"""``hesper bench``: how fast a run or a dense model is on this device, beside another, and what energy it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hesper.cli.failure import Failure
+from hesper.cli.options import as_json, example, file_path, with_device, with_json, with_weights
+from hesper.cli.progress import Stages
+from hesper.errors import HesperError
+
+__all__ = ["bench", "table"]
+
+
+class Sizes(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
+    """Batch sizes: whole numbers of at least 1, with commas between."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The numbers, each once, in order."""
+        if isinstance(value, tuple):
+            return value
+        words = [word.strip() for word in str(value).split(",")]
+        if not all(word.isdigit() and int(word) for word in words):
+            self.fail(f"{value!r} is no list of batch sizes; give whole numbers of at least 1 such as 1,8,32", param, ctx)
+        return tuple(sorted({int(word) for word in words}))
+
+
+@click.command(
+    short_help="Measure latency, throughput, memory and energy on this device.",
+    epilog=example("hesper bench runs/vit-tiny-066 --batch-size 1,32 --data imagenet/val"),
+)
+@click.argument("target", metavar="RUN|MODEL")
+@click.option(
+    "--batch-size",
+    "batch_sizes",
+    type=Sizes(),
+    default="1",
+    show_default=True,
+    metavar="N[,N...]",
+    help="Images at a time, one or several.",
+)
+@click.option(
+    "--baseline", metavar="RUN|MODEL|none", help="What it is compared with, in turns; for a RUN its dense model if nothing is given."
+)
+@click.option("--data", type=file_path(), metavar="DIR", help="Images to run on; without it those a RUN keeps for its report.")
+@with_weights
+@with_device
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="Of the processor; torch's choice if not given.")
+@click.option("--rounds", type=click.IntRange(3), default=30, show_default=True, metavar="N", help="Timed calls of each model.")
+@click.option(
+    "--meter", default="auto", show_default=True, metavar="NAME", help="Energy meter (hesper doctor lists them), replay:FILE, auto or none."
+)
+@click.option(
+    "--energy-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=5.0,
+    show_default=True,
+    metavar="S",
+    help="How long a model runs without a pause for its energy, three times.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=1800.0,
+    show_default=True,
+    metavar="S",
+    help="After which a batch size is given up.",
+)
+@with_json
+def bench(
+    target: str,
+    batch_sizes: tuple[int, ...],
+    baseline: str | None,
+    data: Path | None,
+    weights: Path | None,
+    device: str,
+    threads: int | None,
+    rounds: int,
+    meter: str,
+    energy_seconds: float,
+    timeout: float,
+    json_: bool,
+) -> None:
+    """Time RUN, or a dense MODEL by its name, on this device, in turns with a baseline, batch size by batch size.
+
+    Each batch size runs in a process of its own, so that a crash or a lack of memory is a result. A run's record gets an entry.
+    """
+    with Stages() as stages:
+        stages("Look at this machine", 0, 0)
+        from hesper.benchmark.run import bench as measure
+
+        found = measure(
+            target,
+            baseline=baseline,
+            batch_sizes=batch_sizes,
+            data=data,
+            weights=weights,
+            device=device,
+            threads=threads,
+            rounds=rounds,
+            meter=meter,
+            stretch_seconds=energy_seconds,
+            timeout=timeout,
+            progress=stages,
+        )
+    figures = found.summary()
+    if not any(cell["models"] for cell in figures["cells"]):
+        reasons = "; ".join(f"batches of {cell['batch_size']}: {cell['ending']} ({cell['reason']})" for cell in figures["cells"])
+        raise Failure(f"No batch size came to an end: {reasons}")
+    _record(target, figures, {"batch_sizes": list(batch_sizes), "data": None if data is None else str(data), "rounds": rounds})
+    click.echo(as_json(figures) if json_ else table(figures))
+
+
+def _record(target: str, figures: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Add an entry to a run's record; where that fails, the error says the most important of what would have stood there."""
+    from hesper.runs import RECORD, Entry, append, environment, utc_now
+
+    if not Path(target).is_dir():
+        return
+    try:
+        append(Path(target) / RECORD, Entry("bench", utc_now(), asked, environment(), figures, {}))
+    except (HesperError, OSError) as error:
+        times = [(cell["batch_size"], each) for cell in figures["cells"] if (each := cell["models"].get("target"))]
+        found = ", ".join(f"{each['latency_ms']['p50']:.4g} ms for batches of {size}" for size, each in times)
+        raise Failure(
+            f"The bench is done, but {Path(target) / RECORD} could not take it ({str(error).rstrip('.')}); it found {found}"
+        ) from error
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """The figures for people."""
+    head = f"{'batch':>6}  {'model':<9}{'p50 ms':>9}{'p90':>9}{'p95':>9}{'p99':>9}{'images/s':>10}{'memory':>10}{'J/image':>10}"
+    lines = [f"target    {figures['target']}", f"baseline  {figures['baseline'] or 'none'}", "", head]
+    for cell in figures["cells"]:
+        lines += _rows(cell)
+    energy = figures["meter"] or f"none: {figures['meter_reason']}"
+    unread = sorted({each["no_energy_because"] for cell in figures["cells"] for each in cell["models"].values()} - {None})
+    lines += ["", f"energy    {energy}"]
+    lines += [f"          not given: {reason}" for reason in unread if figures["meter"]]
+    lines += [f"warning   {warning}" for warning in figures["warnings"]]
+    return "\n".join(lines)
+
+
+def _rows(cell: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for place, (name, each) in enumerate(cell["models"].items()):
+        times = "".join(f"{each['latency_ms'][point]:>9.2f}" for point in ("p50", "p90", "p95", "p99"))
+        memory = each["device_bytes"] or each["host_bytes"]
+        held = "-" if memory is None else f"{memory / 2**20:.0f} MiB"
+        joules = "-" if each["joules_per_image"] is None else f"{each['joules_per_image']:.4g}"
+        size = cell["batch_size"] if place == 0 else ""
+        rows.append(f"{size:>6}  {name:<9}{times}{each['images_per_s']:>10.1f}{held:>10}{joules:>10}")
+    if cell["speedup"] is not None:
+        share = cell["models"]["target"]["macs_mean"] / cell["models"]["baseline"]["macs_mean"]
+        ratio, low, high = (cell["speedup"][name] for name in ("ratio", "low", "high"))
+        rows.append(f"{'':>6}  {ratio:.3f} [{low:.3f}, {high:.3f}] times as fast with {share:.3f} of the MACs")
+    if cell["ending"] != "done":
+        rows.append(f"{cell['batch_size']:>6}  {cell['ending']}: {cell['reason']}")
+    return rows

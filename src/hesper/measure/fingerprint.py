@@ -1,0 +1,129 @@
+"""The state of a machine that times depend on: what must be alike for two measurements to be compared, and what changes meanwhile."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hesper.meters.power_mode import power_mode
+from hesper.runs.environment import environment
+
+__all__ = ["Fingerprint", "differences", "fingerprint", "warnings_between"]
+
+Value = str | int | float | None
+
+_CPU = "sys/devices/system/cpu"
+_PATIENCE = 5.0  # seconds
+_BUSY = 0.5  # processes that wait for a core before anything is measured
+_PI_NOW = 0b1111  # under-voltage, capped, throttled, soft temperature limit, at this moment
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A machine as it was when something was measured on it.
+
+    ``fixed``: hardware, versions and settings, which two comparable measurements share. ``state``: the load of the machine, its hottest
+    temperature in degrees Celsius, and counts of throttling events since it started; a count that grew tells of one in between.
+    """
+
+    fixed: Mapping[str, Value]
+    state: Mapping[str, Value]
+
+
+def fingerprint(root: Path = Path("/")) -> Fingerprint:
+    """This machine now; ``root`` stands in for ``/`` in what is read from system files."""
+    mode = power_mode(root)
+    fixed: dict[str, Value] = {
+        **environment(),
+        "governors": _alike(root, f"{_CPU}/cpu[0-9]*/cpufreq/scaling_governor"),
+        "highest_khz": _alike(root, f"{_CPU}/cpu[0-9]*/cpufreq/scaling_max_freq"),
+        "turbo_off": _alike(root, f"{_CPU}/intel_pstate/no_turbo"),
+        "power_mode": mode.name if mode else None,
+    }
+    state: dict[str, Value] = {
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "celsius": _hottest(root),
+        "throttled": _throttled(root),
+        "over_current": _sum(root.glob("sys/class/hwmon/hwmon*/oc*_event_cnt")),
+        "pi_throttled": _pi_throttled(),
+    }
+    return Fingerprint(fixed, state)
+
+
+def differences(a: Fingerprint, b: Fingerprint) -> tuple[str, ...]:
+    """In words, what keeps two measurements from being compared; nothing where all is alike.
+
+    Example:
+        >>> differences(Fingerprint({"cpu": "A57", "torch": "2.6"}, {}), Fingerprint({"cpu": "A78", "torch": "2.6"}, {}))
+        ('cpu: A57 and A78',)
+    """
+    names = [name for name in {**a.fixed, **b.fixed} if a.fixed.get(name) != b.fixed.get(name)]
+    return tuple(f"{name}: {_shown(a.fixed.get(name))} and {_shown(b.fixed.get(name))}" for name in names)
+
+
+def warnings_between(before: Fingerprint, after: Fingerprint) -> tuple[str, ...]:
+    """In words, what happened between two looks at one machine that makes times doubtful.
+
+    Example:
+        >>> warnings_between(Fingerprint({}, {"load": 0.1, "throttled": 3}), Fingerprint({}, {"load": 1.9, "throttled": 5}))
+        ('the processor was throttled 2 times',)
+    """
+    said = []
+    load = before.state.get("load")
+    if isinstance(load, (int, float)) and load > _BUSY:
+        said.append(f"other jobs were running at the start (load {load:g})")
+    for name, what in (("throttled", "the processor was throttled"), ("over_current", "an over-current limit was hit")):
+        first, last = before.state.get(name), after.state.get(name)
+        if isinstance(first, int) and isinstance(last, int) and last > first:
+            said.append(f"{what} {last - first} times")
+    bits = after.state.get("pi_throttled")
+    if isinstance(bits, int) and bits & _PI_NOW:
+        said.append(f"the board limits itself (vcgencmd get_throttled: {bits:#x})")
+    return tuple([*said, *differences(before, after)])
+
+
+def _alike(root: Path, pattern: str) -> str | None:
+    """The values of all files, each once."""
+    values = {text for path in root.glob(pattern) if (text := _text(path))}
+    return ", ".join(sorted(values)) or None
+
+
+def _throttled(root: Path) -> int | None:
+    """Throttling events of all cores; a package's count stands in the files of each of its cores and is left out."""
+    return _sum(root.glob(f"{_CPU}/cpu[0-9]*/thermal_throttle/core_throttle_count"))
+
+
+def _sum(paths: Iterable[Path]) -> int | None:
+    counts = [int(text) for path in paths if (text := _text(path)) and text.isdigit()]
+    return sum(counts) if counts else None
+
+
+def _hottest(root: Path) -> float | None:
+    texts = [_text(path) for path in root.glob("sys/class/thermal/thermal_zone*/temp")]
+    degrees = [int(text) / 1000 for text in texts if text and text.lstrip("-").isdigit()]
+    return max((value for value in degrees if -100 < value < 200), default=None)
+
+
+def _pi_throttled(program: str = "vcgencmd") -> int | None:
+    if shutil.which(program) is None:
+        return None
+    try:
+        done = subprocess.run([program, "get_throttled"], capture_output=True, text=True, timeout=_PATIENCE, check=False)
+        return int(done.stdout.strip().removeprefix("throttled="), 16)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8").strip("\0\n ") or None
+    except (OSError, UnicodeDecodeError):  # a zone that is switched off says EAGAIN
+        return None
+
+
+def _shown(value: Value) -> str:
+    return "unknown" if value is None else str(value)

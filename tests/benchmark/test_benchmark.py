@@ -1,0 +1,97 @@
+"""The bench, with real processes: their times, their energy, and what becomes of those that end badly."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+import hesper
+from cli_helpers import NAME
+from hesper.benchmark import launch
+from hesper.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def power(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A record of 7 watts for longer than any test takes."""
+    file = tmp_path_factory.mktemp("power") / "power.csv"
+    file.write_text("seconds,watts\n0,7\n600,7\n")
+    return file
+
+
+def test_a_run_is_measured_beside_its_dense_model(pruned: tuple[Path, Result], images: Path, power: Path) -> None:
+    stages: set[str] = set()
+    found = hesper.bench(
+        pruned[0],
+        batch_sizes=(2,),
+        data=images,
+        threads=1,
+        rounds=5,
+        meter=f"replay:{power}",
+        stretch_seconds=0.5,
+        progress=lambda stage, *_: stages.add(stage),
+    )
+    (cell,) = found.cells
+    assert (cell.ending, cell.reason, cell.batch_size) == ("done", None, 2) and cell.warmup_rounds >= 10
+    comparison = cell.compare()
+    assert comparison is not None and 0 < comparison.low <= comparison.ratio <= comparison.high
+    target, dense = cell.series["target"], cell.series["baseline"]
+    assert 0.5 < target.macs / dense.macs < 0.9
+    for series in (target, dense):
+        assert len(series.seconds) == 5 and series.latency.p50 > 0 and series.device_bytes is None
+        assert series.host_bytes is not None and series.host_bytes > 50e6
+        total, net, reason = series.joules_per_image
+        seconds = sum(each.joules for each in series.energies if each.joules is not None) / 7
+        assert reason is None and len(series.energies) == 3 and 1.5 < seconds < 6
+        assert total == pytest.approx(7 * seconds / sum(series.images)) and net == pytest.approx(0, abs=1e-6)
+    assert found.meter == "replay (as recorded)" and found.baseline == f"the dense model of {pruned[0]}"
+    assert {"Time batches of 2", "Measure energy", "Measure memory"} <= stages
+
+
+def test_without_a_meter_it_runs_and_says_so(weights: Path) -> None:
+    found = hesper.bench(NAME, weights=weights, batch_sizes=(1,), threads=1, rounds=3, meter="none")
+    (cell,) = found.cells
+    assert cell.ending == "done" and set(cell.series) == {"target"} and cell.compare() is None
+    assert found.meter is None and "none was asked for" in found.meter_reason
+    assert cell.series["target"].joules_per_image == (None, None, "energy was not measured")
+
+
+def test_a_lack_of_memory_is_a_result_and_larger_batches_are_not_tried(weights: Path) -> None:
+    found = hesper.bench(NAME, weights=weights, batch_sizes=(10**8, 10**9), threads=1, rounds=3, meter="none")
+    first, second = found.cells
+    assert first.ending == second.ending == "out of memory" and first.series == {}
+    assert second.reason == f"not tried: {10**8} images did not fit"
+
+
+@pytest.mark.parametrize(
+    ("script", "ending", "reason"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "out of memory", "memory runs out"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "crashed", "signal 11"),
+        ("raise ValueError('no such layer')", "crashed", "ValueError: no such layer"),
+        ("pass", "crashed", "without a result"),
+        ("import time; time.sleep(60)", "timed out", "longer than 3 s"),
+    ],
+)
+def test_however_a_process_ends_it_is_told(weights: Path, monkeypatch: pytest.MonkeyPatch, script: str, ending: str, reason: str) -> None:
+    monkeypatch.setattr(launch, "COMMAND", (sys.executable, "-c", script))
+    found = hesper.bench(NAME, weights=weights, rounds=3, meter="none", timeout=3.0)
+    (cell,) = found.cells
+    assert cell.ending == ending and cell.reason is not None and reason in cell.reason and cell.series == {}
+
+
+def test_wrong_requests_are_refused(tmp_path: Path, weights: Path, pruned: tuple[Path, Result]) -> None:
+    for wrong in ({"rounds": 2}, {"batch_sizes": (0,)}, {"stretch_seconds": 0.0}):
+        with pytest.raises(UsageError, match="A bench needs"):
+            hesper.bench(NAME, weights=weights, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="no run folder"):
+        hesper.bench(tmp_path / "nothing" / "there")
+    with pytest.raises(UsageError, match="holds its own weights"):
+        hesper.bench(pruned[0], weights=weights)
+    with pytest.raises(UsageError, match="did you mean"):
+        hesper.bench("vit_tiny_patch16_22", rounds=3, meter="none")
+    with pytest.raises(UsageError, match="There is no meter"):
+        hesper.bench(NAME, weights=weights, meter="watts")
