@@ -32,10 +32,22 @@ def test_a_machine_says_what_times_depend_on(tmp_path: Path) -> None:
     assert (found.state["celsius"], found.state["throttled"], found.state["over_current"]) == (51.5, 3, 1)
 
 
+def test_how_busy_a_machine_is_comes_from_what_passes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = tmp_path / "proc/stat"
+    write(stat, "cpu  1000 0 500 8000 100 0 10 0 0 0\ncpu0 1 1 1 1")
+    monkeypatch.setattr("time.sleep", lambda _: write(stat, "cpu  1030 0 510 8150 110 0 10 0 0 0\ncpu0 1 1 1 1"))
+    assert fingerprint(tmp_path).state["busy"] == pytest.approx(40 / 200)
+
+
 def test_a_machine_that_shows_nothing_is_unknown_not_zero(tmp_path: Path) -> None:
     found = fingerprint(tmp_path)
     assert found.fixed["governors"] is None and found.fixed["power_mode"] is None
-    assert found.state["celsius"] is None and found.state["throttled"] is None and found.state["over_current"] is None
+    assert (
+        found.state["busy"] is None
+        and found.state["celsius"] is None
+        and found.state["throttled"] is None
+        and found.state["over_current"] is None
+    )
 
 
 def test_what_keeps_two_measurements_from_being_compared_is_named(tmp_path: Path) -> None:
@@ -48,8 +60,8 @@ def test_what_keeps_two_measurements_from_being_compared_is_named(tmp_path: Path
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        ({"load": 0.1, "throttled": 3}, {"throttled": 3}, ()),
-        ({"load": 1.7}, {}, ("other jobs were running at the start (load 1.7)",)),
+        ({"busy": 0.05, "throttled": 3}, {"throttled": 3}, ()),
+        ({"busy": 0.5}, {"busy": 0.9}, ("other jobs took 50 % of the processor at the start",)),
         ({"over_current": 1}, {"over_current": 4}, ("an over-current limit was hit 3 times",)),
         ({"throttled": None}, {"throttled": 4}, ()),
         ({}, {"pi_throttled": 0x50000}, ()),

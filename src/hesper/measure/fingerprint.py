@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ Value = str | int | float | None
 
 _CPU = "sys/devices/system/cpu"
 _PATIENCE = 5.0  # seconds
-_BUSY = 0.5  # processes that wait for a core before anything is measured
+_LOOK = 0.5  # seconds over which it is watched how busy the processor is
+_BUSY = 0.1
 _PI_NOW = 0b1111  # under-voltage, capped, throttled, soft temperature limit, at this moment
 
 
@@ -26,8 +27,9 @@ _PI_NOW = 0b1111  # under-voltage, capped, throttled, soft temperature limit, at
 class Fingerprint:
     """A machine as it was when something was measured on it.
 
-    ``fixed``: hardware, versions and settings, which two comparable measurements share. ``state``: the load of the machine, its hottest
-    temperature in degrees Celsius, and counts of throttling events since it started; a count that grew tells of one in between.
+    ``fixed``: hardware, versions and settings, which two comparable measurements share. ``state``: the share of the processor's time
+    in use, its hottest temperature in degrees Celsius, and counts of throttling events since it started; a count that grew tells of one
+    in between.
     """
 
     fixed: Mapping[str, Value]
@@ -45,7 +47,7 @@ def fingerprint(root: Path = Path("/")) -> Fingerprint:
         "power_mode": mode.name if mode else None,
     }
     state: dict[str, Value] = {
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "busy": _busy(root),
         "celsius": _hottest(root),
         "throttled": _throttled(root),
         "over_current": _sum(root.glob("sys/class/hwmon/hwmon*/oc*_event_cnt")),
@@ -69,13 +71,13 @@ def warnings_between(before: Fingerprint, after: Fingerprint) -> tuple[str, ...]
     """In words, what happened between two looks at one machine that makes times doubtful.
 
     Example:
-        >>> warnings_between(Fingerprint({}, {"load": 0.1, "throttled": 3}), Fingerprint({}, {"load": 1.9, "throttled": 5}))
+        >>> warnings_between(Fingerprint({}, {"busy": 0.02, "throttled": 3}), Fingerprint({}, {"busy": 0.9, "throttled": 5}))
         ('the processor was throttled 2 times',)
     """
     said = []
-    load = before.state.get("load")
-    if isinstance(load, (int, float)) and load > _BUSY:
-        said.append(f"other jobs were running at the start (load {load:g})")
+    busy = before.state.get("busy")
+    if isinstance(busy, float) and busy > _BUSY:
+        said.append(f"other jobs took {100 * busy:.0f} % of the processor at the start")
     for name, what in (("throttled", "the processor was throttled"), ("over_current", "an over-current limit was hit")):
         first, last = before.state.get(name), after.state.get(name)
         if isinstance(first, int) and isinstance(last, int) and last > first:
@@ -84,6 +86,25 @@ def warnings_between(before: Fingerprint, after: Fingerprint) -> tuple[str, ...]
     if isinstance(bits, int) and bits & _PI_NOW:
         said.append(f"the board limits itself (vcgencmd get_throttled: {bits:#x})")
     return tuple([*said, *differences(before, after)])
+
+
+def _busy(root: Path) -> float | None:
+    """The share of all cores' time that something ran, over half a second of watching; not the load average, which remembers minutes."""
+    first = _ticks(root)
+    time.sleep(_LOOK)
+    second = _ticks(root)
+    if first is None or second is None or second[1] <= first[1]:
+        return None
+    return round((second[0] - first[0]) / (second[1] - first[1]), 3)
+
+
+def _ticks(root: Path) -> tuple[int, int] | None:
+    """Ticks in use and all ticks of all cores since the start: user, nice, system, idle, iowait, irq, softirq, steal."""
+    words = (_text(root / "proc/stat") or "").partition("\n")[0].split()[1:9]
+    if len(words) < 8 or not all(word.isdigit() for word in words):
+        return None
+    ticks = [int(word) for word in words]
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
 
 
 def _alike(root: Path, pattern: str) -> str | None:
