@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 
 import hesper
 from cli_helpers import NAME
-from hesper.benchmark import launch
+from hesper.benchmark import Subject, launch
+from hesper.benchmark.subject import images_for, open_subject
 from hesper.errors import UsageError
 
 
@@ -35,6 +38,7 @@ def test_a_run_is_measured_beside_its_dense_model(pruned: tuple[Path, Result], i
         progress=lambda stage, *_: stages.add(stage),
     )
     (cell,) = found.cells
+    assert cell.threads == 1
     assert (cell.ending, cell.reason, cell.batch_size) == ("done", None, 2) and cell.warmup_rounds >= 10
     comparison = cell.compare()
     assert comparison is not None and 0 < comparison.low <= comparison.ratio <= comparison.high
@@ -73,11 +77,14 @@ def test_a_lack_of_memory_is_a_result_and_larger_batches_are_not_tried(weights: 
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "crashed", "signal 11"),
         ("raise ValueError('no such layer')", "crashed", "ValueError: no such layer"),
         ("pass", "crashed", "without a result"),
+        ("print('hello'); print('{\"event\": \"tim', end='')", "crashed", "without a result"),
+        ("import os, time; os.close(1); time.sleep(60)", "timed out", "did not end"),
         ("import time; time.sleep(60)", "timed out", "longer than 3 s"),
     ],
 )
 def test_however_a_process_ends_it_is_told(weights: Path, monkeypatch: pytest.MonkeyPatch, script: str, ending: str, reason: str) -> None:
     monkeypatch.setattr(launch, "COMMAND", (sys.executable, "-c", script))
+    monkeypatch.setattr(launch, "GRACE", 1.0)
     found = hesper.bench(NAME, weights=weights, rounds=3, meter="none", timeout=3.0)
     (cell,) = found.cells
     assert cell.ending == ending and cell.reason is not None and reason in cell.reason and cell.series == {}
@@ -95,3 +102,16 @@ def test_wrong_requests_are_refused(tmp_path: Path, weights: Path, pruned: tuple
         hesper.bench("vit_tiny_patch16_22", rounds=3, meter="none")
     with pytest.raises(UsageError, match="There is no meter"):
         hesper.bench(NAME, weights=weights, meter="watts")
+
+
+def test_every_model_sees_the_same_pictures_normalised_as_it_expects(pruned: tuple[Path, Result], images: Path) -> None:
+    own = open_subject(Subject("run", str(pruned[0])), "cpu")
+    other = dataclasses.replace(own, dense=dataclasses.replace(own.dense, mean=(0.1, 0.2, 0.3), std=(0.2, 0.3, 0.4)))
+    for data in (str(images), None):
+        seen = images_for({"target": own, "baseline": other}, data, 4, "cpu")
+        assert len(seen["target"]) == len(seen["baseline"]) >= 2
+        for ours, theirs in zip(seen["target"], seen["baseline"], strict=True):
+            mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (own.dense.mean, own.dense.std))
+            back = theirs * torch.tensor((0.2, 0.3, 0.4)).view(1, -1, 1, 1) + torch.tensor((0.1, 0.2, 0.3)).view(1, -1, 1, 1)
+            torch.testing.assert_close((back - mean) / std, ours, rtol=1e-4, atol=1e-5)
+            assert float(back.min()) >= -1e-4 and float(back.max()) <= 1 + 1e-4

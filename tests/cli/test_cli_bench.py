@@ -26,7 +26,7 @@ def test_a_run_is_benched_and_remembers_it(pruned: tuple[Path, Result], tmp_path
         assert target["images_per_s"] == pytest.approx(1000 * cell["batch_size"] / target["latency_ms"]["p50"])
         assert target["joules_per_image"] is None and target["no_energy_because"] == "energy was not measured"
     entry = open_run(run).entries[-1]
-    assert entry.kind == "bench" and entry.results == found
+    assert entry.kind == "bench" and entry.results == found and entry.asked["meter"] == "none" and entry.asked["threads"] == 1
     assert hesper("show", run).exit_code == 0 and hesper("report", run, "--out", tmp_path / "report.html").exit_code == 0
 
 
@@ -51,6 +51,7 @@ def test_a_bench_that_comes_to_nothing_says_why_and_fails(weights: Path) -> None
     [
         (("--batch-size", "1,,2"), "no list of batch sizes"),
         (("--batch-size", "0"), "no list of batch sizes"),
+        (("--batch-size", "²"), "no list of batch sizes"),
         (("--rounds", "1"), "--rounds"),
         (("--meter", "wattmeter"), "There is no meter 'wattmeter'"),
         (("--meter", "replay:none.csv"), "none.csv cannot be read"),

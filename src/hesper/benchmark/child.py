@@ -11,7 +11,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -69,15 +71,20 @@ def serve(request: Request, commands: TextIO, tell: Tell) -> None:
 
 
 def _times(
-    request: Request, opened: dict[str, Opened], images: Sequence[Tensor], wait: Callable[[], None], commands: TextIO, tell: Tell
+    request: Request,
+    opened: dict[str, Opened],
+    images: Mapping[str, Sequence[Tensor]],
+    wait: Callable[[], None],
+    commands: TextIO,
+    tell: Tell,
 ) -> None:
-    jobs = {name: _job(each, images) for name, each in opened.items()}
+    jobs = {name: _job(each, images[name]) for name, each in opened.items()}
     warm = settle(jobs, synchronise=wait)
     tell("settled", rounds=warm.rounds, settled=warm.settled)
-    jobs = {name: _job(each, images) for name, each in opened.items()}  # both begin with the same batch again
+    jobs = {name: _job(each, images[name]) for name, each in opened.items()}  # both begin with the same batch again
     turns = take_turns(jobs, rounds=request.rounds, warmup=0, synchronise=wait, progress=lambda count: tell("round", count=count))
-    macs = {name: sum(each.macs(batch) for batch in images) / len(images) for name, each in opened.items()}
-    tell("times", seconds=dict(turns.seconds), macs=macs)
+    macs = {name: _macs(each, images[name], request.rounds) for name, each in opened.items()}
+    tell("times", seconds=dict(turns.seconds), macs=macs, threads=torch.get_num_threads())
     if request.stretches:
         tell("ready")  # at rest, with everything loaded: what the machine draws now is its idle power
         if commands.readline().strip() != GO:
@@ -85,6 +92,12 @@ def _times(
         for _ in range(request.stretches):
             for name, job in jobs.items():
                 tell("stretch", subject=name, **_stretch(job, request.stretch_seconds, wait, request.batch_size))
+
+
+def _macs(opened: Opened, images: Sequence[Tensor], rounds: int) -> float:
+    """Multiply-accumulates an image of the batches that were timed, each as often as it was."""
+    often = Counter(place % len(images) for place in range(rounds))
+    return sum(opened.macs(images[place]) * count for place, count in often.items()) / rounds
 
 
 def _stretch(job: Callable[[], object], seconds: float, wait: Callable[[], None], batch_size: int) -> dict[str, float]:
@@ -96,10 +109,10 @@ def _stretch(job: Callable[[], object], seconds: float, wait: Callable[[], None]
     return {"start": start, "end": end, "images": calls * batch_size}
 
 
-def _memory(opened: dict[str, Opened], images: Sequence[Tensor], wait: Callable[[], None], tell: Tell, device: str) -> None:
+def _memory(opened: dict[str, Opened], images: Mapping[str, Sequence[Tensor]], wait: Callable[[], None], tell: Tell, device: str) -> None:
     """The peak of this process's memory, and of the device's, with one model."""
-    (each,) = opened.values()
-    job = _job(each, images)
+    ((name, each),) = opened.items()
+    job = _job(each, images[name])
     for _ in range(MEMORY_CALLS):
         job()
     wait()
@@ -112,7 +125,10 @@ def _job(opened: Opened, images: Sequence[Tensor]) -> Callable[[], object]:
 
 
 def _peak_of_host() -> int | None:
-    """Bytes of main memory that this process held at most; None where the system does not say."""
+    """Bytes of main memory that this process held at most, loading included; None where the system does not say."""
+    with contextlib.suppress(OSError, StopIteration):  # on Linux getrusage begins with the peak of the process that started this one
+        status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM:")))
     with contextlib.suppress(ImportError):
         import resource
 

@@ -25,8 +25,10 @@ from hesper.meters import Energy, Meter, Sampler, energy
 __all__ = ["Progress", "cell"]
 
 Progress = Callable[[str, int, int], None]
-COMMAND = (sys.executable, "-m", "hesper.benchmark.child")
-IDLE_SECONDS = 3.0
+# Not by -m, which would look for torch and timm in the current folder first.
+START = "import sys; sys.path = [place for place in sys.path if place]; from hesper.benchmark.child import main; main()"
+COMMAND = (sys.executable, "-c", START)
+GRACE = 10.0  # seconds for a process that has told everything to end
 LONGEST_REASON = 200
 
 
@@ -62,7 +64,9 @@ def cell(request: Request, meter: Meter | None, timeout: float, progress: Progre
     """
     energies: dict[str, list[tuple[Energy, int]]] = {name: [] for name in request.subjects}
     asked = request if meter is not None else dataclasses.replace(request, stretches=0)
-    story = _run(asked, timeout, progress, None if meter is None else lambda go, until: _metered(meter, go, until, energies))
+    story = _run(
+        asked, timeout, progress, None if meter is None else lambda go, until: _metered(meter, request.stretch_seconds, go, until, energies)
+    )
     times, settled = story.last("times"), story.last("settled") or {"rounds": 0, "settled": False}
     if times is None:
         if story.ending == "done":
@@ -74,16 +78,20 @@ def cell(request: Request, meter: Meter | None, timeout: float, progress: Progre
         peak = _run(one, timeout, progress).last("memory") or {"host": None, "device": None}
         found, counts = tuple(each for each, _ in energies[name]), tuple(count for _, count in energies[name])
         series[name] = Series(tuple(times["seconds"][name]), times["macs"][name], peak["host"], peak["device"], found, counts)
-    return Cell(request.batch_size, story.ending, story.reason, settled["rounds"], settled["settled"], series)
+    return Cell(request.batch_size, story.ending, story.reason, settled["rounds"], settled["settled"], series, times["threads"])
 
 
 def _metered(
-    meter: Meter, go: Callable[[], None], until_done: Callable[[], list[dict[str, Any]]], energies: dict[str, list[tuple[Energy, int]]]
+    meter: Meter,
+    seconds: float,
+    go: Callable[[], None],
+    until_done: Callable[[], list[dict[str, Any]]],
+    energies: dict[str, list[tuple[Energy, int]]],
 ) -> None:
     """Read the meter while the process rests, then while it runs stretch after stretch."""
     with Sampler(meter) as sampler:
         start = time.monotonic()
-        time.sleep(IDLE_SECONDS)
+        time.sleep(seconds)
         rest = time.monotonic()
         go()
         stretches = until_done()
@@ -122,7 +130,14 @@ def _run(
             process.wait()
             story.ending, story.reason = "timed out", f"it took longer than {timeout:g} s"
             return story
-        code = process.wait()
+        try:
+            code = process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = 0 if story.last("done") else process.wait()
+            if code:
+                story.ending, story.reason = "timed out", "it told nothing more and did not end"
+                return story
         complaints.seek(0)
         _judge(story, code, complaints.read())
     return story
@@ -168,7 +183,10 @@ def _lines(process: subprocess.Popen[str], deadline: float) -> Iterator[dict[str
             raise TimeoutError from None
         if line is None:
             return
-        yield json.loads(line)
+        with contextlib.suppress(ValueError):  # what else prints, or a line that broke off
+            event = json.loads(line)
+            if isinstance(event, dict) and "event" in event:
+                yield event
 
 
 def _show(event: dict[str, Any], request: Request, progress: Progress | None) -> None:

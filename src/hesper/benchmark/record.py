@@ -60,6 +60,7 @@ class Cell:
     warmup_rounds: int
     settled: bool
     series: Mapping[str, Series]
+    threads: int | None = None
 
     def compare(self) -> Comparison | None:
         """How many times faster the target was than the baseline, with its bootstrap interval; None without both."""
@@ -116,6 +117,7 @@ def _cell(cell: Cell) -> dict[str, Any]:
         "reason": cell.reason,
         "warmup_rounds": cell.warmup_rounds,
         "settled": cell.settled,
+        "threads": cell.threads,
         "speedup": speedup,
         "models": {name: _series(each, cell.batch_size) for name, each in cell.series.items()},
     }

@@ -52,9 +52,10 @@ def open_subject(subject: Subject, device: str) -> Opened:
     return Opened(dense.host.module.to(device), lambda images: count, dense, subject)
 
 
-def images_for(opened: Mapping[str, Opened], data: str | None, batch_size: int, device: str) -> tuple[Tensor, ...]:
-    """Batches of real images, at least two: of ``data``, evenly spread, or else those that a run keeps for its report.
+def images_for(opened: Mapping[str, Opened], data: str | None, batch_size: int, device: str) -> dict[str, tuple[Tensor, ...]]:
+    """Batches of the same real images for each model, normalised as it expects, at least two.
 
+    They are of ``data``, evenly spread, or else those that a run keeps for its report.
     A dense model takes as long whatever it sees; without any run and any data it is given noise.
 
     Raises:
@@ -67,12 +68,23 @@ def images_for(opened: Mapping[str, Opened], data: str | None, batch_size: int, 
                 f"The models take images of {first.image_size} and {other.image_size} pixels, so no image serves both; compare others."
             )
     images = _noise(first.channels, first.image_size) if data is None else _of_folder(opened, data, batch_size)
+    mean, std = _scale(next(iter(opened.values())))
     if data is None:
         kept = [found for each in opened.values() if each.subject.kind != "dense" and (found := _of_gallery(each)) is not None]
-        images = kept[0] if kept else images
+        images = (kept[0] - mean) / std if kept else images
     count = max(2, -(-len(images) // batch_size)) * batch_size
-    repeated = images[torch.arange(count) % len(images)].to(device)
-    return tuple(torch.split(repeated, batch_size))
+    pictures = images[torch.arange(count) % len(images)] * std + mean
+    batches_of = {}
+    for name, each in opened.items():
+        own_mean, own_std = _scale(each)
+        batches_of[name] = tuple(torch.split(((pictures - own_mean) / own_std).to(device), batch_size))
+    return batches_of
+
+
+def _scale(opened: Opened) -> tuple[Tensor, Tensor]:
+    """What a model's preprocessing takes off and divides by, per channel."""
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (opened.dense.mean, opened.dense.std))
+    return mean, std
 
 
 def _mean_macs(cut: GraftedViT, images: Tensor) -> float:
@@ -92,11 +104,11 @@ def _of_folder(opened: Mapping[str, Opened], data: str, batch_size: int) -> Tens
 
 
 def _of_gallery(opened: Opened) -> Tensor | None:
+    """Pictures between 0 and 1."""
     gallery = load_gallery(Path(opened.subject.where))
     if gallery is None:
         return None
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (opened.dense.mean, opened.dense.std))
-    return (gallery.pictures.permute(0, 3, 1, 2).float() / 255 - mean) / std
+    return gallery.pictures.permute(0, 3, 1, 2).float() / 255
 
 
 def _noise(channels: int, size: tuple[int, int]) -> Tensor:

@@ -26,7 +26,7 @@ class Sizes(click.ParamType):  # type: ignore[type-arg]  # generic in newer rele
         if isinstance(value, tuple):
             return value
         words = [word.strip() for word in str(value).split(",")]
-        if not all(word.isdigit() and int(word) for word in words):
+        if not all(word.isascii() and word.isdigit() and len(word) < 12 and int(word) for word in words):
             self.fail(f"{value!r} is no list of batch sizes; give whole numbers of at least 1 such as 1,8,32", param, ctx)
         return tuple(sorted({int(word) for word in words}))
 
@@ -113,7 +113,9 @@ def bench(
     if not any(cell["models"] for cell in figures["cells"]):
         reasons = "; ".join(f"batches of {cell['batch_size']}: {cell['ending']} ({cell['reason']})" for cell in figures["cells"])
         raise Failure(f"No batch size came to an end: {reasons}")
-    _record(target, figures, {"batch_sizes": list(batch_sizes), "data": None if data is None else str(data), "rounds": rounds})
+    given = click.get_current_context().params
+    asked = {name: str(value) if isinstance(value, Path) else value for name, value in given.items() if name != "json_"}
+    _record(target, figures, asked)
     click.echo(as_json(figures) if json_ else table(figures))
 
 
