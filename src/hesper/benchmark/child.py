@@ -1,6 +1,6 @@
 """The process that measures: reads a request from its input, writes events to its output, one JSON object a line.
 
-It stands alone so that a crash or a lack of memory ends it and nothing else, and so that the peak of its memory is that of one model.
+It stands alone so that a crash or a lack of memory ends it and nothing else, and so that one model's peak of memory, loading included, is not mixed with another's.
 """
 
 from __future__ import annotations
@@ -140,7 +140,3 @@ def _peak_of_host() -> int | None:
 def _lacks_memory(error: Exception) -> bool:
     words = ("out of memory", "can't allocate memory", "not enough memory", "NvMapMemAlloc")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
-
-
-if __name__ == "__main__":
-    main()

@@ -38,7 +38,10 @@ class Series:
 
     @property
     def joules_per_image(self) -> tuple[float | None, float | None, str | None]:
-        """Joules an image, in all and without what the machine draws at rest; or None twice and why."""
+        """Joules an image, in all and without what the machine draws at rest; or None twice and why.
+
+        Where the rest before was not read well enough only the second is None.
+        """
         if not self.energies:
             return None, None, "energy was not measured"
         known = [(each, count) for each, count in zip(self.energies, self.images, strict=True) if each.joules is not None]
