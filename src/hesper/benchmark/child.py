@@ -1,6 +1,7 @@
 """The process that measures: reads a request from its input, writes events to its output, one JSON object a line.
 
-It stands alone so that a crash or a lack of memory ends it and nothing else, and so that one model's peak of memory, loading included, is not mixed with another's.
+It stands alone so that a crash or a lack of memory ends it and nothing else, and so that one model's peak of memory, loading included,
+is not mixed with another's.
 """
 
 from __future__ import annotations
