@@ -21,6 +21,7 @@ RANKS = [
     {"measure"},
     {"heart"},
     {"artefact"},
+    {"export"},
     {"benchmark"},
     {"api"},
     {"report"},

@@ -13,6 +13,7 @@ from hesper.cli.bench import bench
 from hesper.cli.demo import demo
 from hesper.cli.doctor import doctor
 from hesper.cli.eval import evaluate
+from hesper.cli.export import export
 from hesper.cli.failure import TRACEBACK, Failure, explain
 from hesper.cli.prune import prune
 from hesper.cli.report import report
@@ -85,5 +86,5 @@ def main(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for verb in (demo, prune, evaluate, bench, show, report, doctor):
+for verb in (demo, prune, evaluate, bench, export, show, report, doctor):
     main.add_command(verb)

@@ -8,10 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Count", "join", "kept_after", "pick", "ranks", "sort_by"]
-
-Count = int | Tensor
-"""How many tokens of every image stay among the candidates: a number, or for one image a scalar tensor that its prices decide."""
+__all__ = ["join", "kept_after", "pick", "ranks", "sort_by"]
 
 
 def pick(values: Tensor, where: Tensor) -> Tensor:
@@ -51,23 +48,31 @@ def ranks(order: Tensor) -> Tensor:
     return order.to(torch.float32).topk(order.shape[-1], dim=-1, largest=False).indices
 
 
-def kept_after(dearest: Tensor, stay: int, first: int, step: int, tokens: int) -> Tensor:
-    """Places ``[images, m]``, ascending, of the tokens left when only ``stay`` of the candidates do.
+def kept_after(dearest: Tensor, stay: int) -> Tensor:
+    """Places ``[images, stay]``, ascending, of the candidates that stay: the ``stay`` dearest.
 
-    Candidates are the tokens ``first``, ``first + step``, ... of ``tokens``; all others stay.
-
-    >>> kept_after(torch.tensor([[1, 0]]), 1, first=1, step=2, tokens=4).tolist()
-    [[0, 2, 3]]
+    >>> kept_after(torch.tensor([[2, 0, 1]]), 2).tolist()
+    [[0, 2]]
     """
-    staying = dearest.narrow(1, 0, stay) * step + first
-    if step > 1:
-        others = torch.arange(0, tokens, step, device=dearest.device).expand(dearest.shape[0], -1)
-        staying = torch.cat([others, staying], 1)
-    return ascending(staying)
+    return ascending(dearest.narrow(1, 0, stay))
 
 
-def join(values: Tensor, dearest: Tensor, to: Tensor, stay: int, fixed: bool) -> Tensor:
-    """``values`` ``[images, n, ...]`` with those of odd tokens that go added to where they go, without those that went.
+def alternate_after(dearest: Tensor, stay: int, even: int) -> tuple[Tensor, Tensor]:
+    """Which tokens are left, in order, when of the odd ones only the ``stay`` dearest do: their places, and where they are in
+    ``cat([even tokens, odd tokens])``; ``[images, even + stay]`` each.
+
+    >>> [part.tolist() for part in alternate_after(torch.tensor([[1, 0]]), 1, 2)]
+    [[[0, 2, 3]], [[0, 1, 3]]]
+    """
+    first = torch.arange(even, device=dearest.device).expand(dearest.shape[0], -1)
+    staying = dearest.narrow(1, 0, stay)
+    places = torch.cat([first * 2, staying * 2 + 1], 1)
+    order = places.to(torch.float32).topk(places.shape[-1], dim=-1, largest=False).indices
+    return pick(places, order), pick(torch.cat([first, staying + even], 1), order)
+
+
+def join(values: Tensor, dearest: Tensor, to: Tensor, stay: int, fixed: bool) -> tuple[Tensor, Tensor]:
+    """``values`` ``[images, n, ...]`` with those of odd tokens that go added to where they go, without those that went; and what is left.
 
     Args:
         values: sums, such as sizes and rows times sizes, so that joining is adding.
@@ -78,18 +83,16 @@ def join(values: Tensor, dearest: Tensor, to: Tensor, stay: int, fixed: bool) ->
 
     Example:
         >>> values = torch.tensor([[[1.0], [2.0], [4.0], [8.0]]])
-        >>> join(values, torch.tensor([[1, 0]]), torch.tensor([[2, 2]]), 1, True).flatten().tolist()
-        [1.0, 6.0, 8.0]
+        >>> [part.flatten().tolist() for part in join(values, torch.tensor([[1, 0]]), torch.tensor([[2, 2]]), 1, True)]
+        [[1.0, 6.0, 8.0], [0, 2, 3]]
     """
     even, odd = values[:, ::2], values[:, 1::2]
-    homes = torch.arange(even.shape[1], device=values.device)[:, None]
+    homes = torch.arange(even.shape[1], device=values.device)[:, None] * 2
     if fixed:
         gone = dearest[:, stay:]
-        target, moved = torch.gather(to, 1, gone), pick(odd, gone)
-        arrives = (target // 2)[:, None] == homes
+        arrives, moved = pick(to, gone)[:, None] == homes, pick(odd, gone)
     else:
-        arrives, moved = ((to // 2)[:, None] == homes) & (ranks(dearest) >= stay)[:, None], odd
+        arrives, moved = (to[:, None] == homes) & (ranks(dearest) >= stay)[:, None], odd
     even = even + arrives.to(values.dtype) @ moved
-    places = kept_after(dearest, stay, 1, 2, values.shape[1])
-    where = torch.where(places % 2 == 0, places // 2, places // 2 + even.shape[1])
-    return pick(torch.cat([even, odd], 1), where)
+    places, where = alternate_after(dearest, stay, even.shape[1])
+    return pick(torch.cat([even, odd], 1), where), places

@@ -47,7 +47,8 @@ def check_exportable(cut: GraftedViT) -> None:
 class OneGraphViT(nn.Module):
     """``model(images)`` gives the logits of ``cut(images)``, in operators that graphs have; tokens are not packed.
 
-    Plans of fixed counts take any number of images; where counts adapt, one image at a time.
+    Plans of fixed counts take any number of images; where counts adapt, one image at a time. Images are taken, and logits given, in the
+    same precision, whatever that of the weights; decisions are taken in single precision.
 
     Args:
         cut: the model to run; its parts are shared.
@@ -80,6 +81,10 @@ class OneGraphViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[images, classes]``."""
+        like = next(self.cut.network.parameters()).dtype
+        return self._run(images.to(like)).to(images.dtype)
+
+    def _run(self, images: Tensor) -> Tensor:
         cut, host, anatomy = self.cut, self.cut.host, self.plan.model.anatomy
         if cut.untouched:
             return cast(Tensor, cut.network(images))
@@ -98,7 +103,7 @@ class OneGraphViT(nn.Module):
         normed, prefix = host.norm(tokens.rows), anatomy.prefix_tokens
         if not anatomy.reads_patches:
             return host.readout(normed[:, :prefix], None)
-        return host.readout(normed[:, :prefix], normed[:, prefix:], None if tokens.size is None else tokens.size[:, prefix:])
+        return host.readout(normed[:, :prefix], normed[:, prefix:], None if tokens.size is None else tokens.size[:, prefix:].to(normed.dtype))
 
     def _through(self, index: int, block: HostBlock, tokens: Tokens) -> Tokens:
         projected = block.project(tokens.rows, tokens.place)
@@ -149,7 +154,7 @@ class OneGraphViT(nn.Module):
         assert tokens.size is not None
         rows, size = tokens.rows[:, prefix:].float(), tokens.size[:, prefix:, None]
         log_weight = torch.zeros_like(size) if log_weight is None else log_weight[..., None]
-        place = torch.zeros_like(size) if tokens.place is None else tokens.place[:, prefix:, None].to(size.dtype)
+        place = torch.zeros_like(size) if tokens.place is None else tokens.place[:, prefix:, None]
         own = torch.cat([rows, rows.norm(dim=-1, keepdim=True), points, log_weight], -1) * size
         sums = torch.cat([own, size, torch.ones_like(size)], -1)
         for number in range(rounds):
@@ -161,15 +166,16 @@ class OneGraphViT(nn.Module):
                 price, to = similarity_prices(means[..., :rank])
             dearest = sort_by(price)
             stay = self._staying(cut, price, number, rounds, tokens.rows.shape[1] if number == 0 else sums.shape[1] + prefix)
-            sums, place = _joined(sums, place, dearest, to, stay, cut.remove is not None)
+            sums, places = join(sums, dearest, to, stay, cut.remove is not None)
+            place = pick(place, places)  # a token that others join stays where it is
         size, members = sums[..., -2:-1], sums[..., -1:]
         mean, length = sums[..., :width] / size, sums[..., width : width + 1] / size
         if restoration is not None:
             mean = torch.where(members > 1, restoration(mean, length), mean)
         left = torch.cat([tokens.rows[:, :prefix], mean.to(tokens.rows.dtype)], 1)
         sizes = torch.cat([tokens.size[:, :prefix], size[..., 0]], 1)
-        places = None if tokens.place is None else torch.cat([tokens.place[:, :prefix], place[..., 0].to(tokens.place.dtype)], 1)
-        return Tokens(left, sizes, places)
+        embedded = None if tokens.place is None else torch.cat([tokens.place[:, :prefix], place[..., 0]], 1)
+        return Tokens(left, sizes, embedded)
 
     def _staying(self, cut: TokenCut, price: Tensor, number: int, rounds: int, tokens: int) -> int:
         """How many candidates stay: known, or for one image as its prices say."""
@@ -178,8 +184,10 @@ class OneGraphViT(nn.Module):
             return candidates - min(share(cut.remove, number, rounds), candidates)
         assert cut.threshold is not None
         many = (price[0] < cut.threshold).sum()
-        fewer = many - torch.minimum((many - tokens) % cut.multiple, many) if cut.multiple > 1 else many
-        stay = (candidates - fewer).item()
+        over = many - tokens
+        # The remainder by a floor: not every runtime has one of whole numbers.
+        over = over - cut.multiple * torch.floor(over.to(torch.float32) / cut.multiple).to(torch.int64)
+        stay = (candidates - many + torch.minimum(over, many)).item()
         torch._check(stay >= 0)
         torch._check(stay <= candidates)
         return cast(int, stay)
@@ -196,7 +204,7 @@ class OneGraphViT(nn.Module):
         price = price[:, prefix:]
         dearest = sort_by(price)
         stay = self._staying(cut, price, 0, 1, tokens.rows.shape[1])
-        kept = kept_after(dearest, stay, 0, 1, price.shape[1])
+        kept = kept_after(dearest, stay)
         lead = torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1)
         where = torch.cat([lead, kept + prefix], 1)
         place = None if tokens.place is None else pick(tokens.place, where)
@@ -211,12 +219,6 @@ class OneGraphViT(nn.Module):
         sums = pick(own, kept) + arrives.to(own.dtype) @ own
         left = torch.cat([tokens.rows[:, :prefix], (sums[..., :-1] / sums[..., -1:]).to(tokens.rows.dtype)], 1)
         return Tokens(left, torch.cat([tokens.size[:, :prefix], sums[..., -1]], 1), place)
-
-
-def _joined(sums: Tensor, place: Tensor, dearest: Tensor, to: Tensor, stay: int, fixed: bool) -> tuple[Tensor, Tensor]:
-    """The sums after a round, and where what is left was embedded: a token that others join stays where it is."""
-    kept = kept_after(dearest, stay, 1, 2, sums.shape[1])
-    return join(sums, dearest, to, stay, fixed), pick(place, kept)
 
 
 def _attend(projected: Projected, log_size: Tensor | None, scale: float) -> Tensor:

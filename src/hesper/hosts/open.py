@@ -28,7 +28,8 @@ HF = "hf:"
 class OpenModel:
     """A dense model ready to run: the host, how plans refer to it, and the preprocessing its weights expect.
 
-    ``mean`` and ``std`` are the last step of ``transform``, per channel. ``blueprint`` is what rebuilding needs beyond name and
+    ``mean`` and ``std`` are the last step of ``transform``, per channel; ``preprocessing`` is all of it in the words of timm's
+    ``create_transform``. ``blueprint`` is what rebuilding needs beyond name and
     anatomy: nothing for timm's models, config and preprocessing for Hugging Face's.
     """
 
@@ -38,6 +39,7 @@ class OpenModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     blueprint: Mapping[str, str] = field(default_factory=dict)
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
 
 
 def open_model(name: str, *, weights: str | Path | None = None, anatomy: Anatomy | None = None) -> OpenModel:
@@ -93,7 +95,7 @@ def wrap(name: str, module: nn.Module, preprocessing: Mapping[str, Any] | None =
         config = dict(preprocessing or open_timm.preprocessing(inner, host.anatomy.image_size))
         blueprint = {}
     transform = create_transform(**config, is_training=False)
-    return OpenModel(host, ref, transform, tuple(config["mean"]), tuple(config["std"]), blueprint)
+    return OpenModel(host, ref, transform, tuple(config["mean"]), tuple(config["std"]), blueprint, config)
 
 
 def rebuild(ref: ModelRef, blueprint: Mapping[str, str]) -> tuple[nn.Module, Mapping[str, Any] | None]:

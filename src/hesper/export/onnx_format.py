@@ -1,0 +1,149 @@
+"""ONNX: one file for ONNX Runtime and TensorRT."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesper.errors import JobError, UsageError
+from hesper.export.formats import Runner
+from hesper.export.notes import KEY, Notes
+
+__all__ = ["ONNX", "TENSORRT", "refused_by_tensorrt"]
+
+OPSETS = range(18, 24)
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+
+TENSORRT = frozenset(
+    "Abs Add And ArgMax ArgMin AveragePool BatchNormalization Cast Ceil Clip Concat Constant ConstantOfShape Conv Cos Div Einsum Equal Erf "
+    "Exp Expand Flatten Floor Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual HardSigmoid Identity IsNaN LayerNormalization "
+    "Less LessOrEqual Log LogSoftmax MatMul Max Min Mul Neg Not Or Pad Pow Range ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd "
+    "ReduceSum Relu Reshape Shape Sigmoid Sign Sin Slice Softmax Softplus Split Sqrt Squeeze Sub Sum Tanh Tile TopK Transpose Unsqueeze "
+    "Where Xor".split()
+)
+"""Operators that TensorRT 10 takes (onnx-tensorrt, docs/operators.md), without its scatters, which have been silently wrong
+(TensorRT issues 3750 and 4425)."""
+
+
+class Onnx:
+    """The format; ``opset`` is the one written where none is asked for."""
+
+    name = "onnx"
+    suffix = ".onnx"
+    opset: int | None = 18
+
+    def write(self, graph: nn.Module, example: Tensor, notes: Notes, opset: int | None, path: Path) -> dict[str, Any]:
+        """Write the graph by torch's dynamo exporter; ``images`` in, ``logits`` out, weights inside."""
+        _require("onnx", "onnxscript", "onnxruntime")
+        wanted = opset or self.opset
+        if wanted not in OPSETS:
+            raise UsageError(f"Opset {wanted} is not one that is exported; use one from {OPSETS[0]} to {OPSETS[-1]}.")
+        any_batch = ({0: torch.export.Dim("batch", min=1, max=4096)},) if notes.largest_batch is None else None
+        with quietly():
+            try:
+                program = torch.onnx.export(
+                    graph,
+                    (example,),
+                    dynamo=True,
+                    dynamic_shapes=any_batch,
+                    input_names=["images"],
+                    output_names=["logits"],
+                    opset_version=wanted,
+                    verbose=False,
+                )
+            except Exception as error:
+                raise JobError(f"The model cannot be written as ONNX with opset {wanted}: {_first(error)}") from error
+        assert program is not None
+        model = program.model_proto
+        model.producer_name = KEY
+        model.metadata_props.add(key=KEY, value=notes.dumps())
+        path.write_bytes(model.SerializeToString())
+        operators = Counter(node.op_type for node in model.graph.node)
+        return {
+            "opset": next(own.version for own in model.opset_import if not own.domain),
+            "operators": dict(sorted(operators.items())),
+            "tensorrt_refuses": refused_by_tensorrt(model),
+        }
+
+    def open(self, path: Path, device: str, provider: str | None, threads: int | None) -> Runner:
+        """A session of ONNX Runtime."""
+        _require("onnxruntime")
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        wanted = PROVIDERS[provider or device]
+        have = onnxruntime.get_available_providers()
+        if wanted not in have:
+            raise UsageError(f"This ONNX Runtime has no {wanted}; it has {', '.join(have)}.")
+        others = [PROVIDERS["cuda"]] if provider == "tensorrt" and PROVIDERS["cuda"] in have else []
+        chosen = list(dict.fromkeys([wanted, *others, PROVIDERS["cpu"]]))
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
+        except Exception as error:
+            raise UsageError(f"ONNX Runtime {onnxruntime.__version__} cannot open {path}: {_first(error)}") from error
+        notes = Notes.loads(session.get_modelmeta().custom_metadata_map.get(KEY), path)
+        if session.get_providers()[0] != wanted:
+            raise UsageError(f"ONNX Runtime did not start {wanted}; what that needs is not installed, so use --provider cpu.")
+        name = session.get_inputs()[0].name
+
+        def run(images: Tensor) -> Tensor:
+            return torch.from_numpy(session.run(None, {name: images.cpu().numpy()})[0])
+
+        return Runner(run, notes, f"ONNX Runtime {onnxruntime.__version__}, {wanted}")
+
+
+def refused_by_tensorrt(model: Any) -> list[str]:
+    """What in an ONNX model TensorRT does not take: operators outside :data:`TENSORRT`, and a TopK whose K is not constant."""
+    constant = {own.name for own in model.graph.initializer} | {
+        name for node in model.graph.node if node.op_type == "Constant" for name in node.output
+    }
+    refused = {node.op_type for node in model.graph.node if node.op_type not in TENSORRT or node.domain}
+    if any(node.op_type == "TopK" and node.input[1] not in constant for node in model.graph.node):
+        refused.add("TopK whose K is not constant")
+    return sorted(refused)
+
+
+def _require(*packages: str) -> None:
+    missing = [package for package in packages if util.find_spec(package) is None]
+    if missing:
+        raise UsageError(f"ONNX files need {' and '.join(missing)}; install hesper[onnx].")
+
+
+def _first(error: Exception) -> str:
+    """The innermost reason's first line."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without what exporters print and warn of, which speaks of their own insides."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "root")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+ONNX = Onnx()

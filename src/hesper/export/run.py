@@ -1,0 +1,201 @@
+"""Exporting a run, or its dense model, to one file that is checked on real images before it is there."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesper.artefact import load_cut, open_dense
+from hesper.data import batches, open_images
+from hesper.errors import DISK_FULL, JobError, UsageError
+from hesper.export.formats import FORMATS, SUFFIXES
+from hesper.export.notes import Notes, Precision
+from hesper.export.one_graph import OneGraphViT
+from hesper.export.parity import Parity, compare_logits
+from hesper.graft import GraftedViT, graft
+from hesper.heart.gallery import load_gallery
+from hesper.hosts.open import OpenModel, open_model
+from hesper.plan import empty_plan, plan_hash
+from hesper.runs import RunFolder, open_run, sha256_file
+from hesper.runs.files import sync_folder
+
+__all__ = ["LEAST_AGREEMENT", "Exported", "export"]
+
+LEAST_AGREEMENT = {"fp32": 0.99, "fp16": 0.95}
+"""Share of equal top-1 decisions below which a file is not what was to be exported, and is not written."""
+
+BATCH = 32
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written: where, what it says of itself, its SHA-256, how it compares with PyTorch, and its format's own ``details``."""
+
+    path: Path
+    format: str
+    runtime: str
+    notes: Notes
+    sha256: str
+    bytes: int
+    parity: Parity
+    details: Mapping[str, Any]
+
+    def summary(self) -> dict[str, Any]:
+        """Everything in plain values."""
+        return {**dataclasses.asdict(self), "path": str(self.path)}
+
+
+def export(
+    target: str | Path,
+    *,
+    out: str | Path,
+    format: str | None = None,
+    weights: str | Path | None = None,
+    dense: bool = False,
+    dial: float | None = None,
+    data: str | Path | None = None,
+    opset: int | None = None,
+    precision: Precision = "fp32",
+    progress: Progress | None = None,
+) -> Exported:
+    """Write a run, or a dense model by its name, as one file, and compare it with PyTorch on real images.
+
+    Plans of fixed counts take any number of images; where counts adapt, one at a time.
+
+    Args:
+        target: a run folder, or the name of a dense model.
+        out: the file to write; it must not exist.
+        format: one of :data:`~hesper.export.formats.FORMATS`; None goes by the ending of ``out``.
+        weights: a weights file, for a name.
+        dense: write the dense model of the run instead.
+        dial: another price than the run's own, in nats.
+        data: images to compare on; without them those that the run keeps for its report, or noise for a dense model by its name.
+        opset: of ONNX; None takes the format's own.
+        precision: of weights and activations; decisions are always taken in single precision.
+        progress: told (stage, done, total).
+
+    Raises:
+        UsageError: wrong input, a missing package, or a model that decides what no graph can.
+        JobError: the format cannot hold the model, the file computes something else, or the disk is full.
+    """
+    place = Path(out)
+    named = format or SUFFIXES.get(place.suffix.lower())
+    if named is None:
+        raise UsageError(f"{out} does not say the format by its ending; end it in {', '.join(SUFFIXES)} or give --format.")
+    if os.path.lexists(place):
+        raise UsageError(f"{out} exists already; give --out a new file or remove the old one.")
+    kind = FORMATS[named]
+    if opset is not None and kind.opset is None:
+        raise UsageError(f"Opsets are ONNX's; leave --opset out for --format {named}.")
+    if place.suffix.lower() != kind.suffix:
+        raise UsageError(f"A file of the format {named} ends in {kind.suffix}; name it so, and hesper bench will know it.")
+    run, opened, cut = _models(target, weights, dense, dial)
+    graph = OneGraphViT(cut)
+    images = _images(run, opened, data)
+    notes = _notes(None if dense else run, opened, cut, graph, precision)
+    example = torch.zeros(2 if notes.largest_batch is None else 1, cut.plan.model.anatomy.channels, *notes.image_size)
+    if progress:
+        progress(f"Write {named}", 0, 0)
+    with _whole(place) as partial:
+        details = kind.write(_in_precision(graph, precision), example, notes, opset, partial)
+        if progress:
+            progress("Compare with PyTorch", 0, 0)
+        runner = kind.open(partial, "cpu", None, None)
+        parity = compare_logits(cut, runner.run, images, notes.largest_batch)
+        if parity.agreement < LEAST_AGREEMENT[precision]:
+            raise JobError(
+                f"The exported file agrees with PyTorch on {100 * parity.agreement:.1f} % of {parity.images} images only (largest "
+                f"difference of a logit {parity.max_error:.3g}), so it was not written; another format or --precision fp32 may serve."
+            )
+    return Exported(place, named, runner.runtime, notes, sha256_file(place), place.stat().st_size, parity, details)
+
+
+def _models(
+    target: str | Path, weights: str | Path | None, dense: bool, dial: float | None
+) -> tuple[RunFolder | None, OpenModel, GraftedViT]:
+    if Path(target).is_dir():
+        if weights is not None:
+            raise UsageError(f"{target} is a run folder, which holds its own weights; leave --weights out.")
+        run = open_run(target)
+        opened = open_dense(run)
+        cut = _uncut(opened) if dense else load_cut(run)
+        if dial is not None:
+            cut.set_dial(dial)
+        return run, opened, cut
+    if Path(target).exists() or len(Path(target).parts) > 1 and not str(target).startswith("hf:"):
+        raise UsageError(f"There is no run folder {target}; give the folder that --out of an earlier command named.")
+    if dial is not None:
+        raise UsageError(f"{target} is a dense model and has no dial; leave --dial out or give a RUN folder.")
+    opened = open_model(str(target), weights=weights)
+    return None, opened, _uncut(opened)
+
+
+def _uncut(opened: OpenModel) -> GraftedViT:
+    blank = dataclasses.replace(empty_plan(opened.ref.name, opened.ref.anatomy), model=opened.ref)
+    return graft(opened.host.module, blank, check_weights=False)
+
+
+def _notes(run: RunFolder | None, opened: OpenModel, cut: GraftedViT, graph: OneGraphViT, precision: Precision) -> Notes:
+    known = None if run is None else next((point.macs for point in cut.plan.points if point.dial == cut.plan.dial), cut.plan.measured)
+    share = 1.0 if known is None else known if isinstance(known, float) else known.macs.mean
+    return Notes(
+        model=opened.ref.name,
+        plan=None if run is None else plan_hash(cut.plan),
+        precision=precision,
+        macs=share * cut.dense_macs,
+        macs_dense=cut.dense_macs,
+        largest_batch=None if graph.fixed else 1,
+        classes=opened.ref.anatomy.classes,
+        image_size=opened.ref.anatomy.image_size,
+        preprocessing=opened.preprocessing,
+    )
+
+
+def _in_precision(graph: OneGraphViT, precision: Precision) -> OneGraphViT:
+    if precision == "fp32":
+        return graph
+    halved = copy.deepcopy(graph)
+    halved.cut.network.half()
+    return halved
+
+
+def _images(run: RunFolder | None, opened: OpenModel, data: str | Path | None) -> Iterable[Tensor]:
+    """Batches of images to compare on."""
+    if data is not None:
+        found = open_images(data, transform=opened.transform, class_map=None, labelled=False)
+        return (batch.images for batch in batches(found, BATCH))
+    gallery = None if run is None else load_gallery(run.path)
+    anatomy = opened.ref.anatomy
+    if gallery is None:
+        return [torch.randn(8, anatomy.channels, *anatomy.image_size, generator=torch.Generator().manual_seed(0))]
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (opened.mean, opened.std))
+    return [(gallery.pictures.permute(0, 3, 1, 2).float() / 255 - mean) / std]
+
+
+@contextlib.contextmanager
+def _whole(place: Path) -> Iterator[Path]:
+    """Where to write a file that is at ``place`` whole or not at all."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent)
+    except OSError as error:
+        raise UsageError(f"{place} cannot be written ({error.strerror}); give --out another place.") from error
+    with folder:
+        try:
+            yield Path(folder.name) / place.name
+            os.replace(Path(folder.name) / place.name, place)
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise JobError(f"The disk is full, so {place} was not written; free some space and export again.") from error
+            raise
+    sync_folder(place.parent)

@@ -1,0 +1,59 @@
+"""A ``torch.export`` archive: the graph and its weights, for torch itself and what is built on it (AOTInductor)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesper.errors import JobError, UsageError
+from hesper.export.formats import Runner
+from hesper.export.notes import KEY, Notes
+from hesper.export.onnx_format import quietly
+
+__all__ = ["ARCHIVE", "exported"]
+
+
+class Archive:
+    """The format."""
+
+    name = "torch"
+    suffix = ".pt2"
+    opset: int | None = None
+
+    def write(self, graph: nn.Module, example: Tensor, notes: Notes, opset: int | None, path: Path) -> dict[str, Any]:
+        """Write the graph that ``torch.export`` draws."""
+        program = exported(graph, example, notes)
+        with quietly():
+            torch.export.save(program, path, extra_files={KEY: notes.dumps()})
+        operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+        return {"operators": sorted(operators)}
+
+    def open(self, path: Path, device: str, provider: str | None, threads: int | None) -> Runner:
+        """The graph as a module of torch."""
+        if threads is not None:
+            torch.set_num_threads(threads)
+        extra = {KEY: ""}
+        try:
+            with quietly():
+                program = torch.export.load(path, extra_files=extra)
+        except Exception as error:
+            raise UsageError(f"{path} is no torch.export archive that torch {torch.__version__} can read.") from error
+        notes = Notes.loads(extra[KEY], path)
+        module = program.module().to(device)
+        return Runner(lambda images: module(images.to(device)), notes, f"torch {torch.__version__} (torch.export)")
+
+
+def exported(graph: nn.Module, example: Tensor, notes: Notes) -> Any:
+    """The ``ExportedProgram`` of a model; JobError where torch cannot draw one."""
+    shapes = ({0: torch.export.Dim("batch", min=1, max=4096)},) if notes.largest_batch is None else None
+    try:
+        with quietly(), torch.no_grad():
+            return torch.export.export(graph, (example,), dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise JobError(f"torch.export cannot draw this model as a graph: {str(error).splitlines()[0][:300]}") from error
+
+
+ARCHIVE = Archive()
