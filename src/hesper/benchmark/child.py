@@ -7,15 +7,18 @@ is not mixed with another's.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
+import queue
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +34,7 @@ __all__ = ["GO", "main"]
 
 GO = "go"
 MEMORY_CALLS = 3
+LEAST_WARMUP = 1.0  # seconds
 
 Tell = Callable[..., None]
 
@@ -45,24 +49,43 @@ def main() -> None:
         out.flush()
 
     try:
-        serve(Request.loads(sys.stdin.readline()), sys.stdin, tell)
+        request = Request.loads(sys.stdin.readline())
+        serve(request, _commands(), tell)
     except HesperError as error:
         tell("refused", sentence=str(error), exit_code=error.exit_code)
-    except (MemoryError, RuntimeError) as error:
-        if not _lacks_memory(error):
-            raise
-        tell("out of memory", sentence=str(error).splitlines()[0] if str(error) else type(error).__name__)
+    except Exception as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        if _lacks_memory(error):
+            tell("out of memory", sentence=first or type(error).__name__)
+        else:
+            tell("crashed", sentence=f"{type(error).__name__}: {first}" if first else type(error).__name__)
+        sys.exit(1)
 
 
-def serve(request: Request, commands: TextIO, tell: Tell) -> None:
+def _commands() -> queue.SimpleQueue[str]:
+    """What is said to this process from now on; whoever asked being gone, it ends, whatever it is doing."""
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            said.put(line.strip())
+        os._exit(1)
+
+    threading.Thread(target=listen, daemon=True).start()
+    return said
+
+
+def serve(request: Request, commands: queue.SimpleQueue[str], tell: Tell) -> None:
     """Do what is asked and tell how it goes."""
     use_device(request.device)
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     wait = torch.cuda.synchronize if request.device == "cuda" else lambda: None
-    opened = {name: open_subject(subject, request.device) for name, subject in request.subjects.items()}
+    opened = {
+        name: open_subject(subject, request.device, request.batch_size, request.threads) for name, subject in request.subjects.items()
+    }
     images = images_for(opened, request.data, request.batch_size, request.device)
-    tell("opened")
+    tell("opened", runtimes={name: each.runtime for name, each in opened.items()})
     with torch.inference_mode():
         if request.purpose == "memory":
             _memory(opened, images, wait, tell, request.device)
@@ -76,11 +99,11 @@ def _times(
     opened: dict[str, Opened],
     images: Mapping[str, Sequence[Tensor]],
     wait: Callable[[], None],
-    commands: TextIO,
+    commands: queue.SimpleQueue[str],
     tell: Tell,
 ) -> None:
     jobs = {name: _job(each, images[name]) for name, each in opened.items()}
-    warm = settle(jobs, synchronise=wait)
+    warm = settle(jobs, least_seconds=LEAST_WARMUP, synchronise=wait)
     tell("settled", rounds=warm.rounds, settled=warm.settled)
     jobs = {name: _job(each, images[name]) for name, each in opened.items()}  # both begin with the same batch again
     turns = take_turns(jobs, rounds=request.rounds, warmup=0, synchronise=wait, progress=lambda count: tell("round", count=count))
@@ -88,7 +111,7 @@ def _times(
     tell("times", seconds=dict(turns.seconds), macs=macs, threads=torch.get_num_threads())
     if request.stretches:
         tell("ready")  # at rest, with everything loaded: what the machine draws now is its idle power
-        if commands.readline().strip() != GO:
+        if commands.get() != GO:
             return
         for _ in range(request.stretches):
             for name, job in jobs.items():
@@ -117,7 +140,9 @@ def _memory(opened: dict[str, Opened], images: Mapping[str, Sequence[Tensor]], w
     for _ in range(MEMORY_CALLS):
         job()
     wait()
-    tell("memory", host=_peak_of_host(), device=torch.cuda.max_memory_allocated() if device == "cuda" else None)
+    # What other runtimes hold on a device torch does not know.
+    known = device == "cuda" and each.subject.kind != "file"
+    tell("memory", host=_peak_of_host(), device=torch.cuda.max_memory_allocated() if known else None)
 
 
 def _job(opened: Opened, images: Sequence[Tensor]) -> Callable[[], object]:
@@ -139,5 +164,6 @@ def _peak_of_host() -> int | None:
 
 
 def _lacks_memory(error: Exception) -> bool:
-    words = ("out of memory", "can't allocate memory", "not enough memory", "NvMapMemAlloc")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+    words = ("out of memory", "allocate memory", "not enough memory", "NvMapMemAlloc", "_ALLOC_FAILED", "Failed to allocate", "bad_alloc")
+    starved = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    return starved or any(word.lower() in str(error).lower() for word in words)

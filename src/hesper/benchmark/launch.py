@@ -28,6 +28,7 @@ Progress = Callable[[str, int, int], None]
 # Not by -m, which would look for torch and timm in the current folder first.
 START = "import sys; sys.path = [place for place in sys.path if place]; from hesper.benchmark.child import main; main()"
 COMMAND = (sys.executable, "-c", START)
+CALM = 1.0  # seconds after loading and timing, before the machine counts as at rest
 GRACE = 10.0  # seconds for a process that has told everything to end
 LONGEST_REASON = 200
 
@@ -62,52 +63,79 @@ def cell(request: Request, meter: Meter | None, timeout: float, progress: Progre
         UsageError: the process refused the request: no such model, wrong weights, no images.
         JobError: likewise, where the request is not at fault.
     """
-    energies: dict[str, list[tuple[Energy, int]]] = {name: [] for name in request.subjects}
+    deadline, power = time.monotonic() + timeout, _Power()
     asked = request if meter is not None else dataclasses.replace(request, stretches=0)
-    story = _run(
-        asked, timeout, progress, None if meter is None else lambda go, until: _metered(meter, request.stretch_seconds, go, until, energies)
-    )
+    metered = None if meter is None else lambda go, until, story: _metered(meter, request.stretch_seconds, go, until, story, power)
+    story = _run(asked, deadline, progress, metered)
     times, settled = story.last("times"), story.last("settled") or {"rounds": 0, "settled": False}
     if times is None:
         if story.ending == "done":
             story.ending, story.reason = "crashed", "the process ended without a result"
-        return Cell(request.batch_size, story.ending, story.reason, settled["rounds"], settled["settled"], {})
+        return Cell(request.batch_size, story.ending, _in_time(story, timeout), settled["rounds"], settled["settled"], {})
+    runtimes = (story.last("opened") or {}).get("runtimes", {})
     series = {}
     for name, subject in request.subjects.items():
         one = dataclasses.replace(request, subjects={name: subject}, purpose="memory", stretches=0)
-        peak = _run(one, timeout, progress).last("memory") or {"host": None, "device": None}
-        found, counts = tuple(each for each, _ in energies[name]), tuple(count for _, count in energies[name])
-        series[name] = Series(tuple(times["seconds"][name]), times["macs"][name], peak["host"], peak["device"], found, counts)
-    return Cell(request.batch_size, story.ending, story.reason, settled["rounds"], settled["settled"], series, times["threads"])
+        looked = _run(one, deadline, progress)
+        peak, why = looked.last("memory"), None
+        if peak is None:
+            peak, why = {"host": None, "device": None}, f"{looked.ending}: {_in_time(looked, timeout) or 'no result'}"
+        stretches = power.energies.get(name, [])
+        found, counts = tuple(each for each, _ in stretches), tuple(count for _, count in stretches)
+        series[name] = Series(
+            tuple(times["seconds"][name]), times["macs"][name], peak["host"], peak["device"], found, counts, why, runtimes.get(name)
+        )
+    if story.ending == "out of memory":  # the times are there, so the batch did fit
+        story.ending, story.reason = "crashed", f"while energy was measured: {story.reason}"
+    reason, watts = _in_time(story, timeout), power.idle
+    return Cell(
+        request.batch_size, story.ending, reason, settled["rounds"], settled["settled"], series, times["threads"], watts, power.no_idle
+    )
 
 
-def _metered(
-    meter: Meter,
-    seconds: float,
-    go: Callable[[], None],
-    until_done: Callable[[], list[dict[str, Any]]],
-    energies: dict[str, list[tuple[Energy, int]]],
-) -> None:
-    """Read the meter while the process rests, then while it runs stretch after stretch."""
+@dataclass
+class _Power:
+    """Energy of every stretch and its images by model, and what the machine drew at rest before."""
+
+    energies: dict[str, list[tuple[Energy, int]]] = field(default_factory=dict)
+    idle: float | None = None
+    no_idle: str | None = None
+
+
+Metered = Callable[[Callable[[], None], Callable[[], None], _Story], None]
+
+
+def _in_time(story: _Story, timeout: float) -> str | None:
+    return f"it took longer than {timeout:g} s" if story.ending == "timed out" and story.reason is None else story.reason
+
+
+def _metered(meter: Meter, seconds: float, go: Callable[[], None], until_done: Callable[[], None], story: _Story, power: _Power) -> None:
+    """Read the meter while the process rests, then while it runs stretch after stretch; those that ended count, whatever comes after."""
     with Sampler(meter) as sampler:
+        time.sleep(CALM)
         start = time.monotonic()
         time.sleep(seconds)
         rest = time.monotonic()
-        go()
-        stretches = until_done()
-    idle = energy(sampler.trace, start, rest).watts
-    for each in stretches:
-        energies[each["subject"]].append((energy(sampler.trace, each["start"], each["end"], idle), int(each["images"])))
+        try:
+            go()
+            until_done()
+        finally:
+            time.sleep(2 * meter.period)  # a reading after the last stretch
+            idle = energy(sampler.trace, start, rest)
+            power.idle, power.no_idle = idle.watts, idle.reason
+            for each in story.every("stretch"):
+                own = energy(sampler.trace, each["start"], each["end"], idle.watts)
+                power.energies.setdefault(each["subject"], []).append((own, int(each["images"])))
 
 
 def _run(
     request: Request,
-    timeout: float,
+    deadline: float,
     progress: Progress | None,
-    metered: Callable[[Callable[[], None], Callable[[], list[dict[str, Any]]]], None] | None = None,
+    metered: Metered | None = None,
 ) -> _Story:
-    """Run one process to its end."""
-    story, deadline = _Story(), time.monotonic() + timeout
+    """Run one process to its end, or to ``deadline`` on the monotonic clock."""
+    story = _Story()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints, _process(complaints) as process:
         assert process.stdin is not None
         tell = process.stdin
@@ -124,11 +152,11 @@ def _run(
                 story.events.append(event)
                 _show(event, request, progress)
                 if event["event"] == "ready" and metered is not None:
-                    metered(lambda: say(GO), lambda: _stretches(lines, story))
+                    metered(lambda: say(GO), lambda: story.events.extend(lines), story)
         except TimeoutError:
             process.kill()
             process.wait()
-            story.ending, story.reason = "timed out", f"it took longer than {timeout:g} s"
+            story.ending = "timed out"
             return story
         try:
             code = process.wait(GRACE)
@@ -141,12 +169,6 @@ def _run(
         complaints.seek(0)
         _judge(story, code, complaints.read())
     return story
-
-
-def _stretches(lines: Iterator[dict[str, Any]], story: _Story) -> list[dict[str, Any]]:
-    for event in lines:
-        story.events.append(event)
-    return story.every("stretch")
 
 
 @contextlib.contextmanager
@@ -208,6 +230,8 @@ def _judge(story: _Story, code: int, complaints: str) -> None:
         story.ending, story.reason = "out of memory", starved["sentence"]
     elif code in (-signal.SIGKILL, 128 + signal.SIGKILL):
         story.ending, story.reason = "out of memory", "the system ended it, as it does where memory runs out"
+    elif told := story.last("crashed"):
+        story.ending, story.reason = "crashed", told["sentence"][:LONGEST_REASON]
     elif code != 0:
         last = next((line for line in reversed(complaints.splitlines()) if line.strip()), f"exit code {code}")
         how = f"signal {-code}" if code < 0 else last.strip()[:LONGEST_REASON]

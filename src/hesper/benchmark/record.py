@@ -13,15 +13,15 @@ from hesper.meters import Energy
 
 __all__ = ["Bench", "Cell", "Ending", "Series"]
 
-Ending = Literal["done", "out of memory", "crashed", "timed out"]
+Ending = Literal["done", "out of memory", "crashed", "timed out", "refused", "interrupted"]
 
 
 @dataclass(frozen=True)
 class Series:
     """One model at one batch size.
 
-    ``seconds`` of each timed call, in order; ``macs`` an image, a mean; peaks of memory in bytes; ``energies`` of stretches without a
-    pause and ``images`` that ran in each.
+    ``seconds`` of each timed call, in order; ``macs`` an image, a mean; peaks of memory in bytes, loading included, or why there are
+    none; ``energies`` of stretches without a pause and ``images`` that ran in each; ``runtime`` is what ran it.
     """
 
     seconds: tuple[float, ...]
@@ -30,6 +30,8 @@ class Series:
     device_bytes: int | None = None
     energies: tuple[Energy, ...] = ()
     images: tuple[int, ...] = ()
+    no_memory_because: str | None = None
+    runtime: str | None = None
 
     @property
     def latency(self) -> Latency:
@@ -55,7 +57,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Cell:
-    """One batch size: how it ended (with a reason, where not well), the warm-up, and each model's series by name."""
+    """One batch size: how it ended (with a reason, where not well), the warm-up, and each model's series by name.
+
+    ``idle_watts`` is what the machine drew at rest before energy was measured, or None and why.
+    """
 
     batch_size: int
     ending: Ending
@@ -64,6 +69,8 @@ class Cell:
     settled: bool
     series: Mapping[str, Series]
     threads: int | None = None
+    idle_watts: float | None = None
+    no_idle_because: str | None = None
 
     def compare(self) -> Comparison | None:
         """How many times faster the target was than the baseline, with its bootstrap interval; None without both."""
@@ -121,6 +128,8 @@ def _cell(cell: Cell) -> dict[str, Any]:
         "warmup_rounds": cell.warmup_rounds,
         "settled": cell.settled,
         "threads": cell.threads,
+        "idle_watts": cell.idle_watts,
+        "no_idle_because": cell.no_idle_because,
         "speedup": speedup,
         "models": {name: _series(each, cell.batch_size) for name, each in cell.series.items()},
     }
@@ -135,6 +144,8 @@ def _series(series: Series, batch_size: int) -> dict[str, Any]:
         "macs_mean": series.macs,
         "host_bytes": series.host_bytes,
         "device_bytes": series.device_bytes,
+        "no_memory_because": series.no_memory_because,
+        "runtime": series.runtime,
         "joules_per_image": total,
         "net_joules_per_image": net,
         "no_energy_because": reason,

@@ -13,16 +13,20 @@ __all__ = ["BASELINE", "TARGET", "Request", "Subject"]
 TARGET, BASELINE = "target", "baseline"
 """By which names the two sides of a comparison go."""
 
-Kind = Literal["run", "dense", "dense of a run"]
+Kind = Literal["run", "dense", "dense of a run", "file"]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to run: a run folder, the dense model of one, or a dense model by its name and perhaps a weights file."""
+    """A model to run: a run folder, the dense model of one, a dense model by its name and perhaps a weights file, or an exported file.
+
+    ``provider`` is which of ONNX Runtime's execution providers runs a file; None for the device's own.
+    """
 
     kind: Kind
     where: str
     weights: str | None = None
+    provider: str | None = None
 
     @property
     def words(self) -> str:

@@ -9,10 +9,11 @@ from hesper.benchmark.launch import Progress, cell
 from hesper.benchmark.record import Bench, Cell
 from hesper.benchmark.request import BASELINE, TARGET, Request, Subject
 from hesper.device import use_device
-from hesper.errors import UsageError
+from hesper.errors import HesperError, UsageError
+from hesper.export.formats import SUFFIXES
 from hesper.hosts.open import HF
 from hesper.measure.fingerprint import fingerprint
-from hesper.meters import usable
+from hesper.meters import Meter, usable
 from hesper.runs import open_run
 
 __all__ = ["bench", "subject_of"]
@@ -28,6 +29,8 @@ def bench(
     batch_sizes: Sequence[int] = (1,),
     data: str | Path | None = None,
     weights: str | Path | None = None,
+    baseline_weights: str | Path | None = None,
+    provider: str | None = None,
     device: str = "cpu",
     threads: int | None = None,
     rounds: int = 30,
@@ -39,11 +42,13 @@ def bench(
     """Time a run folder or a dense model beside a baseline, batch size by batch size, each in a process of its own.
 
     Args:
-        target: a run folder, or a dense model by its name.
+        target: a run folder, a dense model by its name, or a file that :func:`hesper.export.export` wrote.
         baseline: likewise; None takes a run's dense model, "none" no baseline.
         batch_sizes: images at a time. Where one lacks memory, larger ones are not tried.
         data: images to run on; without them those that a run keeps for its report.
         weights: a weights file, for a dense model by its name.
+        baseline_weights: likewise for the baseline.
+        provider: "cpu", "cuda" or "tensorrt": which execution provider of ONNX Runtime runs ``.onnx`` files; None for the device's own.
         device: "cpu" or "cuda".
         threads: of the processor; None leaves torch's choice.
         rounds: timed calls of each model, in turns.
@@ -59,36 +64,59 @@ def bench(
     use_device(device)
     if rounds < 3 or stretch_seconds <= 0 or timeout <= 0 or not batch_sizes or min(batch_sizes) < 1:
         raise UsageError("A bench needs batches of at least 1 image, at least 3 rounds, and stretches and a time limit above 0 s.")
-    subjects = {TARGET: subject_of(target, weights)}
-    beside = _baseline(subjects[TARGET], baseline, weights)
+    subjects = {TARGET: subject_of(target, weights, provider)}
+    beside = _baseline(subjects[TARGET], baseline, baseline_weights, provider)
     if beside is not None:
         subjects[BASELINE] = beside
     before, cells = fingerprint(), list[Cell]()
     with usable(meter, card=_card() if device == "cuda" else None) as (read, reason):
         for size in sorted(set(batch_sizes)):
-            if cells and cells[-1].ending == "out of memory":
-                cells.append(Cell(size, "out of memory", f"not tried: {cells[-1].batch_size} images did not fit", 0, False, {}))
-                continue
             where = None if data is None else str(data)
             request = Request(subjects, size, where, device, threads, rounds, STRETCHES, stretch_seconds, "time")
-            cells.append(cell(request, read, timeout, progress))
+            cells.append(_one(request, cells, read, timeout, progress))
+            if cells[-1].ending == "interrupted":
+                break
         named = None if read is None else f"{read.name} ({read.scope})"
     words = (subjects[TARGET].words, beside.words if beside else None)
     return Bench(*words, device, named, reason, before, fingerprint(), tuple(cells))
 
 
-def subject_of(where: str | Path, weights: str | Path | None) -> Subject:
+def _one(request: Request, before: Sequence[Cell], meter: Meter | None, timeout: float, progress: Progress | None) -> Cell:
+    """One batch size; once another is finished, what goes wrong is a result like any other, so that nothing measured is lost."""
+    size = request.batch_size
+    if before and before[-1].ending == "out of memory":
+        smaller = next(each.batch_size for each in before if each.ending == "out of memory")
+        return Cell(size, "out of memory", f"not tried: {smaller} images did not fit", 0, False, {})
+    try:
+        return cell(request, meter, timeout, progress)
+    except HesperError as error:
+        if not any(each.series for each in before):
+            raise
+        return Cell(size, "refused", str(error), 0, False, {})
+    except KeyboardInterrupt:
+        if not any(each.series for each in before):
+            raise
+        return Cell(size, "interrupted", "the bench was interrupted", 0, False, {})
+
+
+def subject_of(where: str | Path, weights: str | Path | None, provider: str | None = None) -> Subject:
     """What a word on the command line means.
 
     Raises:
-        UsageError: no run folder, though it can only be one; or weights beside a run.
+        UsageError: no run folder, though it can only be one; or weights beside a run or a file.
     """
     path = Path(where)
-    if path.is_dir():
+    if path.is_dir() and path.suffix.lower() not in SUFFIXES:
         open_run(path)
         if weights is not None:
             raise UsageError(f"{where} is a run folder, which holds its own weights; leave --weights out.")
         return Subject("run", str(where))
+    if path.suffix.lower() in SUFFIXES:
+        if weights is not None:
+            raise UsageError(f"{where} is an exported file, which holds its own weights; leave --weights out.")
+        if not path.is_file():
+            raise UsageError(f"There is no file {where}; make it with 'hesper export RUN --out {where}'.")
+        return Subject("file", str(where), provider=provider if path.suffix.lower() == ".onnx" else None)
     if not str(where).startswith(HF) and (path.exists() or len(path.parts) > 1):
         raise UsageError(f"{where} is no run folder; give the folder that --out of an earlier command named, or the name of a model.")
     return Subject("dense", str(where), None if weights is None else str(weights))
@@ -102,9 +130,9 @@ def _card() -> str | int:
     return torch.cuda.current_device() if uuid is None else f"GPU-{uuid}"
 
 
-def _baseline(target: Subject, asked: str | Path | None, weights: str | Path | None) -> Subject | None:
-    if asked is None:
-        return Subject("dense of a run", target.where) if target.kind == "run" else None
-    if str(asked) == NONE:
-        return None
-    return subject_of(asked, None if target.kind == "run" or Path(asked).is_dir() else weights)
+def _baseline(target: Subject, asked: str | Path | None, weights: str | Path | None, provider: str | None) -> Subject | None:
+    if asked is None or str(asked) == NONE:
+        if weights is not None:
+            raise UsageError("--baseline-weights belong to a baseline that is a model by its name; name it with --baseline.")
+        return Subject("dense of a run", target.where) if asked is None and target.kind == "run" else None
+    return subject_of(asked, weights, provider)

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hesper.artefact import load_cut, open_dense
 from hesper.benchmark.request import Subject
-from hesper.data import batches, open_images
+from hesper.data import Transform, batches, open_images
 from hesper.errors import UsageError
+from hesper.export import format_of
 from hesper.graft import GraftedViT, graft
 from hesper.heart.gallery import load_gallery
-from hesper.hosts.open import OpenModel, open_model
+from hesper.hosts.open import open_model, transform_of
 from hesper.plan import empty_plan
 from hesper.runs import open_run
 
@@ -26,49 +27,79 @@ IMAGES = 64
 
 
 @dataclass(frozen=True, eq=False)
+class View:
+    """The images that a model takes: their channels and size, how files become such, and its last step, per channel."""
+
+    channels: int
+    image_size: tuple[int, int]
+    transform: Transform
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Opened:
     """A model ready to run: ``macs`` gives the multiply-accumulates that a batch of images needs, a mean over them."""
 
-    model: nn.Module
+    model: Callable[[Tensor], object]
     macs: Callable[[Tensor], float]
-    dense: OpenModel
+    view: View
     subject: Subject
+    runtime: str
 
 
-def open_subject(subject: Subject, device: str) -> Opened:
+def open_subject(subject: Subject, device: str, batch_size: int = 1, threads: int | None = None) -> Opened:
     """Open a model on a device.
 
     Raises:
-        UsageError: there is no such run or model, or its weights do not fit.
+        UsageError: there is no such run, model or file, its weights do not fit, or it does not take so many images at a time.
         JobError: pretrained weights cannot be had.
     """
+    if subject.kind == "file":
+        return _open_file(subject, device, batch_size, threads)
     by_name = subject.kind == "dense"
     dense = open_model(subject.where, weights=subject.weights) if by_name else open_dense(open_run(subject.where))
+    anatomy = dense.ref.anatomy
+    view, runtime = View(anatomy.channels, anatomy.image_size, dense.transform, dense.mean, dense.std), f"torch {torch.__version__}"
     if subject.kind == "run":
         cut = load_cut(open_run(subject.where)).to(device)
-        return Opened(cut, lambda images: _mean_macs(cut, images), dense, subject)
+        return Opened(cut, lambda images: _mean_macs(cut, images), view, subject, runtime)
     blank = dataclasses.replace(empty_plan(dense.ref.name, dense.ref.anatomy), model=dense.ref)
     count = float(graft(dense.host.module, blank, check_weights=False).dense_macs)
-    return Opened(dense.host.module.to(device), lambda images: count, dense, subject)
+    return Opened(dense.host.module.to(device), lambda images: count, view, subject, runtime)
+
+
+def _open_file(subject: Subject, device: str, batch_size: int, threads: int | None) -> Opened:
+    runner = format_of(subject.where).open(Path(subject.where), device, subject.provider, threads or torch.get_num_threads())
+    notes = runner.notes
+    if notes.largest_batch is not None and batch_size > notes.largest_batch:
+        raise UsageError(
+            f"{subject.where} takes one image at a time, since its counts adapt to the image; leave --batch-size at 1, or export a run "
+            "that was pruned with --counts fixed."
+        )
+    words = notes.preprocessing
+    transform = transform_of(words)
+    view = View(len(words["mean"]), notes.image_size, transform, tuple(words["mean"]), tuple(words["std"]))
+    return Opened(runner.run, lambda images: notes.macs, view, subject, runner.runtime)
 
 
 def images_for(opened: Mapping[str, Opened], data: str | None, batch_size: int, device: str) -> dict[str, tuple[Tensor, ...]]:
     """Batches of the same real images for each model, normalised as it expects, at least two.
 
     They are of ``data``, evenly spread, or else those that a run keeps for its report.
-    A dense model takes as long whatever it sees; without any run and any data it is given noise.
+    A dense model takes as long whatever it sees; without any run and any data the models are given noise.
 
     Raises:
         UsageError: the models take images of different sizes, or there are none.
     """
-    first, *others = (each.dense.ref.anatomy for each in opened.values())
+    first, *others = (each.view for each in opened.values())
     for other in others:
         if (other.image_size, other.channels) != (first.image_size, first.channels):
             raise UsageError(
                 f"The models take images of {first.image_size} and {other.image_size} pixels, so no image serves both; compare others."
             )
-    images = _noise(first.channels, first.image_size) if data is None else _of_folder(opened, data, batch_size)
-    mean, std = _scale(next(iter(opened.values())))
+    images = _noise(first.channels, first.image_size) if data is None else _of_folder(first.transform, data, batch_size)
+    mean, std = _scale(first)
     if data is None:
         kept = [found for each in opened.values() if each.subject.kind != "dense" and (found := _of_gallery(each)) is not None]
         images = (kept[0] - mean) / std if kept else images
@@ -76,14 +107,14 @@ def images_for(opened: Mapping[str, Opened], data: str | None, batch_size: int, 
     pictures = images[torch.arange(count) % len(images)] * std + mean
     batches_of = {}
     for name, each in opened.items():
-        own_mean, own_std = _scale(each)
+        own_mean, own_std = _scale(each.view)
         batches_of[name] = tuple(torch.split(((pictures - own_mean) / own_std).to(device), batch_size))
     return batches_of
 
 
-def _scale(opened: Opened) -> tuple[Tensor, Tensor]:
+def _scale(view: View) -> tuple[Tensor, Tensor]:
     """What a model's preprocessing takes off and divides by, per channel."""
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (opened.dense.mean, opened.dense.std))
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (view.mean, view.std))
     return mean, std
 
 
@@ -92,8 +123,7 @@ def _mean_macs(cut: GraftedViT, images: Tensor) -> float:
         return float(cut.run(images).macs.mean())
 
 
-def _of_folder(opened: Mapping[str, Opened], data: str, batch_size: int) -> Tensor:
-    transform = next(iter(opened.values())).dense.transform
+def _of_folder(transform: Transform, data: str, batch_size: int) -> Tensor:
     images = open_images(data, transform=transform, class_map=None, labelled=False)
     wanted = min(len(images), max(IMAGES, 2 * batch_size))
     spread = [place * len(images) // wanted for place in range(wanted)]
@@ -105,6 +135,8 @@ def _of_folder(opened: Mapping[str, Opened], data: str, batch_size: int) -> Tens
 
 def _of_gallery(opened: Opened) -> Tensor | None:
     """Pictures between 0 and 1."""
+    if opened.subject.kind == "file":
+        return None
     gallery = load_gallery(Path(opened.subject.where))
     if gallery is None:
         return None

@@ -35,7 +35,7 @@ class Sizes(click.ParamType):  # type: ignore[type-arg]  # generic in newer rele
     short_help="Measure latency, throughput, memory and energy on this device.",
     epilog=example("hesper bench runs/vit-tiny-066 --batch-size 1,32 --data imagenet/val"),
 )
-@click.argument("target", metavar="RUN|MODEL")
+@click.argument("target", metavar="RUN|MODEL|FILE")
 @click.option(
     "--batch-size",
     "batch_sizes",
@@ -46,10 +46,16 @@ class Sizes(click.ParamType):  # type: ignore[type-arg]  # generic in newer rele
     help="Images at a time, one or several.",
 )
 @click.option(
-    "--baseline", metavar="RUN|MODEL|none", help="What it is compared with, in turns; for a RUN its dense model if nothing is given."
+    "--baseline", metavar="RUN|MODEL|FILE|none", help="What it is compared with, in turns; for a RUN its dense model if nothing is given."
 )
 @click.option("--data", type=file_path(), metavar="DIR", help="Images to run on; without it those a RUN keeps for its report.")
 @with_weights
+@click.option("--baseline-weights", type=file_path(), metavar="FILE", help="Weights of a --baseline that is a MODEL by its name.")
+@click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda", "tensorrt"]),
+    help="Which execution provider of ONNX Runtime runs .onnx files; that of --device if not given.",
+)
 @with_device
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Of the processor; torch's choice if not given.")
 @click.option("--rounds", type=click.IntRange(3), default=30, show_default=True, metavar="N", help="Timed calls of each model.")
@@ -79,6 +85,8 @@ def bench(
     baseline: str | None,
     data: Path | None,
     weights: Path | None,
+    baseline_weights: Path | None,
+    provider: str | None,
     device: str,
     threads: int | None,
     rounds: int,
@@ -87,7 +95,7 @@ def bench(
     timeout: float,
     json_: bool,
 ) -> None:
-    """Time RUN, or a dense MODEL by its name, on this device, in turns with a baseline, batch size by batch size.
+    """Time RUN, a dense MODEL by its name, or an exported FILE on this device, in turns with a baseline, batch size by batch size.
 
     Each batch size runs in a process of its own, so that a crash or a lack of memory is a result. A run's record gets an entry.
     """
@@ -101,6 +109,8 @@ def bench(
             batch_sizes=batch_sizes,
             data=data,
             weights=weights,
+            baseline_weights=baseline_weights,
+            provider=provider,
             device=device,
             threads=threads,
             rounds=rounds,
@@ -110,13 +120,17 @@ def bench(
             progress=stages,
         )
     figures = found.summary()
-    if not any(cell["models"] for cell in figures["cells"]):
-        reasons = "; ".join(f"batches of {cell['batch_size']}: {cell['ending']} ({cell['reason']})" for cell in figures["cells"])
-        raise Failure(f"No batch size came to an end: {reasons}")
     given = click.get_current_context().params
     asked = {name: str(value) if isinstance(value, Path) else value for name, value in given.items() if name != "json_"}
     _record(target, figures, asked)
-    click.echo(as_json(figures) if json_ else table(figures))
+    nothing = not any(cell["models"] for cell in figures["cells"])
+    if json_ or not nothing:
+        click.echo(as_json(figures) if json_ else table(figures))
+    if nothing:
+        reasons = "; ".join(f"batches of {cell['batch_size']}: {cell['ending']} ({cell['reason']})" for cell in figures["cells"])
+        raise Failure(f"No batch size came to an end: {reasons}")
+    if figures["cells"][-1]["ending"] == "interrupted":
+        raise Failure("interrupted; the batch sizes that were finished are above, and in the record of a RUN")
 
 
 def _record(target: str, figures: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -145,6 +159,12 @@ def table(figures: Mapping[str, Any]) -> str:
     unread = sorted({each["no_energy_because"] for cell in figures["cells"] for each in cell["models"].values()} - {None})
     lines += ["", f"energy    {energy}"]
     lines += [f"          not given: {reason}" for reason in unread if figures["meter"]]
+    restless = sorted({cell["no_idle_because"] for cell in figures["cells"]} - {None})
+    lines += [f"          without that at rest not given: {reason}" for reason in restless]
+    lines += [
+        f"runtime   {runtime}"
+        for runtime in sorted({str(each["runtime"]) for cell in figures["cells"] for each in cell["models"].values()})
+    ]
     lines += [f"warning   {warning}" for warning in figures["warnings"]]
     return "\n".join(lines)
 

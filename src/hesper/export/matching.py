@@ -1,6 +1,7 @@
 """Letting tokens of a rectangular batch go without scattering: sorted, gathered, and summed by a matrix of zeros and ones.
 
-Runtimes for edge devices refuse scatters, or run them wrongly, and want to know how many tokens leave before they see an image.
+Runtimes for edge devices refuse scatters, or run them wrongly, and want to know how many tokens leave before they see an image. And each
+operator costs them a few microseconds however little it does, so there are few here.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["join", "kept_after", "pick", "ranks", "sort_by"]
+__all__ = ["ascending", "dearest_first", "join", "pick", "ranks", "ward_prices_lean"]
 
 
 def pick(values: Tensor, where: Tensor) -> Tensor:
@@ -22,20 +23,24 @@ def pick(values: Tensor, where: Tensor) -> Tensor:
     if isinstance(values.shape[0], int) and values.shape[0] == 1:
         return values.index_select(1, where[0])
     first = torch.arange(values.shape[0], device=where.device)[:, None] * values.shape[1]
-    return values.flatten(0, 1).index_select(0, (where + first).flatten()).unflatten(0, where.shape)
+    return values.flatten(0, 1).index_select(0, (where + first).flatten()).view(*where.shape, *values.shape[2:])
 
 
-def sort_by(price: Tensor) -> Tensor:
-    """Candidates ``[images, n]``, dearest first.
+def dearest_first(price: Tensor) -> Tensor:
+    """Candidates ``[images, n]`` in order of price, the dearest first.
 
-    >>> sort_by(torch.tensor([[3.0, 1.0, 5.0]])).tolist()
+    >>> dearest_first(torch.tensor([[3.0, 1.0, 5.0]])).tolist()
     [[2, 0, 1]]
     """
     return price.topk(price.shape[-1], dim=-1).indices
 
 
 def ascending(places: Tensor) -> Tensor:
-    """Whole numbers ``[images, n]`` in order, compared in single precision, which holds each exactly: not every runtime sorts integers."""
+    """Whole numbers ``[images, n]`` in order, compared in single precision, which holds each exactly: not every runtime sorts integers.
+
+    >>> ascending(torch.tensor([[4, 0, 2]])).tolist()
+    [[0, 2, 4]]
+    """
     return places.to(torch.float32).topk(places.shape[-1], dim=-1, largest=False).values.to(torch.int64)
 
 
@@ -48,27 +53,31 @@ def ranks(order: Tensor) -> Tensor:
     return order.to(torch.float32).topk(order.shape[-1], dim=-1, largest=False).indices
 
 
-def kept_after(dearest: Tensor, stay: int) -> Tensor:
-    """Places ``[images, stay]``, ascending, of the candidates that stay: the ``stay`` dearest.
+def ward_prices_lean(points: Tensor, size: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`hesper.graft.tokens.ward_prices`, of tokens that are all there, in few operators.
 
-    >>> kept_after(torch.tensor([[2, 0, 1]]), 2).tolist()
-    [[0, 2]]
+    Args:
+        points: ``[images, tokens, rank]``.
+        size: ``[images, tokens]``; None where each is one.
+        weight: ``[images, tokens]``.
+
+    Example:
+        >>> y, one = torch.tensor([[[0.0], [0.1], [9.0], [5.0]]]), torch.ones(1, 4)
+        >>> ward_prices_lean(y, None, one)[1].tolist(), ward_prices_lean(y, one, one)[1].tolist()
+        ([[0, 2]], [[0, 2]])
     """
-    return ascending(dearest.narrow(1, 0, stay))
-
-
-def alternate_after(dearest: Tensor, stay: int, even: int) -> tuple[Tensor, Tensor]:
-    """Which tokens are left, in order, when of the odd ones only the ``stay`` dearest do: their places, and where they are in
-    ``cat([even tokens, odd tokens])``; ``[images, even + stay]`` each.
-
-    >>> [part.tolist() for part in alternate_after(torch.tensor([[1, 0]]), 1, 2)]
-    [[[0, 2, 3]], [[0, 1, 3]]]
-    """
-    first = torch.arange(even, device=dearest.device).expand(dearest.shape[0], -1)
-    staying = dearest.narrow(1, 0, stay)
-    places = torch.cat([first * 2, staying * 2 + 1], 1)
-    order = places.to(torch.float32).topk(places.shape[-1], dim=-1, largest=False).indices
-    return pick(places, order), pick(torch.cat([first, staying + even], 1), order)
+    norm = points.square().sum(-1, keepdim=True)
+    one = torch.ones_like(norm)
+    left, right = torch.cat([points, norm, one], -1), torch.cat([points * -2, one, norm], -1)
+    cost = left[:, 1::2] @ right[:, ::2].transpose(-2, -1)
+    if size is None:
+        cost = cost * (weight[:, 1::2, None] + weight[:, None, ::2]) * 0.25
+    else:
+        both = torch.stack([weight, torch.ones_like(size)], 1) / size[:, None]
+        ratio, inverse = (both[:, :, 1::2, None] + both[:, :, None, ::2]).unbind(1)
+        cost = cost * ratio / (inverse * inverse)
+    price, to = cost.min(-1)
+    return price.clamp_min(0), to * 2
 
 
 def join(values: Tensor, dearest: Tensor, to: Tensor, stay: int, fixed: bool) -> tuple[Tensor, Tensor]:
@@ -86,13 +95,13 @@ def join(values: Tensor, dearest: Tensor, to: Tensor, stay: int, fixed: bool) ->
         >>> [part.flatten().tolist() for part in join(values, torch.tensor([[1, 0]]), torch.tensor([[2, 2]]), 1, True)]
         [[1.0, 6.0, 8.0], [0, 2, 3]]
     """
-    even, odd = values[:, ::2], values[:, 1::2]
-    homes = torch.arange(even.shape[1], device=values.device)[:, None] * 2
+    tokens = values.shape[1]
+    homes = torch.arange(tokens, device=values.device)[:, None]
+    places = dearest * 2 + 1
     if fixed:
-        gone = dearest[:, stay:]
-        arrives, moved = pick(to, gone)[:, None] == homes, pick(odd, gone)
+        arrives, moved = pick(to, dearest[:, stay:])[:, None] == homes, pick(values, places[:, stay:])
     else:
-        arrives, moved = (to[:, None] == homes) & (ranks(dearest) >= stay)[:, None], odd
-    even = even + arrives.to(values.dtype) @ moved
-    places, where = alternate_after(dearest, stay, even.shape[1])
-    return pick(torch.cat([even, odd], 1), where), places
+        arrives, moved = (to[:, None] == homes) & (ranks(dearest) >= stay)[:, None], values[:, 1::2]
+    even = torch.arange(0, tokens, 2, device=values.device).expand(dearest.shape[0], -1)
+    left = ascending(torch.cat([even, places.narrow(1, 0, stay)], 1))
+    return pick(values + arrives.to(values.dtype) @ moved, left), left

@@ -10,12 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from hesper.errors import UsageError
-from hesper.export.matching import join, kept_after, pick, ranks, sort_by
+from hesper.export.matching import ascending, dearest_first, join, pick, ranks, ward_prices_lean
 from hesper.graft import GraftedViT
-from hesper.graft.deciders import LARGEST_LOG_CURVATURE, CurvatureMerge, KeyMerge, ReaderAttention, RoutedSensitivity, ScoredCut
+from hesper.graft.deciders import (
+    LARGEST_LOG_CURVATURE,
+    LARGEST_LOG_PRICE,
+    CurvatureMerge,
+    KeyMerge,
+    ReaderAttention,
+    RoutedSensitivity,
+    ScoredCut,
+)
 from hesper.graft.linkage import share
 from hesper.graft.restoration import Restoration
-from hesper.graft.tokens import INFINITY, similarity_prices, ward_prices
+from hesper.graft.tokens import INFINITY, similarity_prices
 from hesper.hosts.base import HostBlock, Projected
 from hesper.plan import TokenCut
 
@@ -103,79 +111,89 @@ class OneGraphViT(nn.Module):
         normed, prefix = host.norm(tokens.rows), anatomy.prefix_tokens
         if not anatomy.reads_patches:
             return host.readout(normed[:, :prefix], None)
-        return host.readout(normed[:, :prefix], normed[:, prefix:], None if tokens.size is None else tokens.size[:, prefix:].to(normed.dtype))
+        return host.readout(
+            normed[:, :prefix], normed[:, prefix:], None if tokens.size is None else tokens.size[:, prefix:].to(normed.dtype)
+        )
 
     def _through(self, index: int, block: HostBlock, tokens: Tokens) -> Tokens:
         projected = block.project(tokens.rows, tokens.place)
         log_size = self._log_size(index, tokens)
-        rows = tokens.rows + block.merge_heads(_attend(projected, log_size, block.scale))
-        tokens = replace(tokens, rows=rows)
+        mixed, mass = _attend(projected, log_size, block.scale)
+        tokens = replace(tokens, rows=tokens.rows + block.merge_heads(mixed))
         if str(index) in self.cut.deciders:
-            tokens = self._decide(self.cut.deciders[str(index)], projected, log_size, tokens, block.scale)
+            decider = self.cut.deciders[str(index)]
+            attention = None
+            if cast(Any, decider).reads_attention:
+                attention = _reader_attention(projected, mass, log_size, block.scale, self.plan.model.anatomy.prefix_tokens)
+            tokens = self._decide(decider, projected, attention, tokens)
         return replace(tokens, rows=tokens.rows + block.feed(tokens.rows))
 
     def _read_prefix(self, block: HostBlock, tokens: Tokens) -> Tensor:
         prefix = tokens.rows[:, : self.plan.model.anatomy.prefix_tokens]
         projected = block.project_readers(tokens.rows, prefix, tokens.place)
         log_size = self._log_size(self.plan.model.anatomy.depth - 1, tokens)
-        prefix = prefix + block.merge_heads(_attend(projected, log_size, block.scale))
+        prefix = prefix + block.merge_heads(_attend(projected, log_size, block.scale)[0])
         return self.cut.host.readout(self.cut.host.norm(prefix + block.feed(prefix)), None)
 
     def _log_size(self, index: int, tokens: Tokens) -> Tensor | None:
-        """``[images, 1 or heads, n]``."""
+        """``[images, 1 or heads, 1, n]``."""
         if tokens.size is None:
             return None
-        log, power = tokens.size.log()[:, None], self.cut._size_power(index)
-        return log if power is None else log * power[:, None].to(log.dtype)
+        log, power = tokens.size.log()[:, None, None], self.cut._size_power(index)
+        return log if power is None else log * power[:, None, None].to(log.dtype)
 
-    def _decide(self, decider: nn.Module, projected: Projected, log_size: Tensor | None, tokens: Tokens, scale: float) -> Tokens:
+    def _decide(self, decider: nn.Module, projected: Projected, attention: Tensor | None, tokens: Tokens) -> Tokens:
         """What the block's decider lets go, in single precision."""
         prefix = self.plan.model.anatomy.prefix_tokens
-        size = torch.ones_like(tokens.rows[..., 0], dtype=torch.float32) if tokens.size is None else tokens.size
-        attention = _reader_attention(projected, log_size, scale, prefix) if cast(Any, decider).reads_attention else None
         if isinstance(decider, ScoredCut):
-            return self._scored(decider, projected, attention, replace(tokens, size=size), tokens.size is None)
+            return self._scored(decider, projected, attention, tokens)
         if isinstance(decider, KeyMerge):
-            places, log_weight = projected.key.float().mean(2)[:, prefix:], None
-        else:
-            curved = cast(CurvatureMerge, decider)
-            places = (tokens.rows.float() @ curved.root.float())[:, prefix:]
-            log_weight = curved.gamma * _routed(curved.router, projected.normed, attention)[:, prefix:].clamp(
-                -LARGEST_LOG_CURVATURE, LARGEST_LOG_CURVATURE
-            )
-        rounds = decider.rounds if isinstance(decider, CurvatureMerge) else 1
-        return self._linked(cast(Any, decider).cut, rounds, places, log_weight, replace(tokens, size=size), cast(Any, decider).restoration)
+            return self._linked(decider.cut, 1, projected.key.float().mean(2)[:, prefix:], None, tokens, None)
+        curved = cast(CurvatureMerge, decider)
+        log_weight = _routed(curved.router, projected.normed, attention)[:, prefix:]
+        log_weight = curved.gamma * log_weight.clamp(-LARGEST_LOG_CURVATURE, LARGEST_LOG_CURVATURE)
+        points = (tokens.rows.float() @ curved.root.float())[:, prefix:]
+        return self._linked(curved.cut, curved.rounds, points, log_weight, tokens, curved.restoration)
 
     def _linked(
         self, cut: TokenCut, rounds: int, points: Tensor, log_weight: Tensor | None, tokens: Tokens, restoration: Restoration | None
     ) -> Tokens:
-        """Merging in rounds: everything that is averaged is carried as a sum over what has merged, next to the sum of sizes."""
+        """Merging in rounds: everything that is averaged is carried as a sum over what has merged, next to the sum of sizes.
+
+        By curvature where a ``log_weight`` says how much moving a token matters, by likeness otherwise.
+        """
         prefix, width, rank = self.plan.model.anatomy.prefix_tokens, tokens.rows.shape[-1], points.shape[-1]
-        assert tokens.size is not None
-        rows, size = tokens.rows[:, prefix:].float(), tokens.size[:, prefix:, None]
-        log_weight = torch.zeros_like(size) if log_weight is None else log_weight[..., None]
-        place = torch.zeros_like(size) if tokens.place is None else tokens.place[:, prefix:, None]
-        own = torch.cat([rows, rows.norm(dim=-1, keepdim=True), points, log_weight], -1) * size
-        sums = torch.cat([own, size, torch.ones_like(size)], -1)
+        before, rows = tokens.rows.shape[1], tokens.rows[:, prefix:].float()
+        size = None if tokens.size is None else tokens.size[:, prefix:]
+        place = None if tokens.place is None else tokens.place[:, prefix:]
+        length = [] if restoration is None else [rows.norm(dim=-1, keepdim=True)]
+        averaged = [points] if log_weight is None else [points, log_weight[..., None]]
+        one = torch.ones_like(rows[..., :1])
+        # First what later rounds do not read, then what is averaged, the number of members and the size.
+        sums = torch.cat([rows, *length, *averaged, one], -1)
+        sums = torch.cat([sums, one], -1) if size is None else torch.cat([sums[..., :-1] * size[..., None], one, size[..., None]], -1)
         for number in range(rounds):
-            size = sums[..., -2:-1]
-            means = sums[..., width + 1 : -2] / size
-            if isinstance(restoration, Restoration):
-                price, to = ward_prices(means[..., :rank], size[..., 0], means[..., -1].exp())
+            if log_weight is None:
+                price, to = similarity_prices(points)
             else:
-                price, to = similarity_prices(means[..., :rank])
-            dearest = sort_by(price)
-            stay = self._staying(cut, price, number, rounds, tokens.rows.shape[1] if number == 0 else sums.shape[1] + prefix)
-            sums, places = join(sums, dearest, to, stay, cut.remove is not None)
-            place = pick(place, places)  # a token that others join stays where it is
-        size, members = sums[..., -2:-1], sums[..., -1:]
-        mean, length = sums[..., :width] / size, sums[..., width : width + 1] / size
+                price, to = ward_prices_lean(points, size, log_weight.exp())
+            dearest = dearest_first(price)
+            stay = self._staying(cut, price, number, rounds, before)
+            sums, left = join(sums, dearest, to, stay, cut.remove is not None)
+            place = None if place is None else pick(place, left)  # a token that others join stays where it is
+            size, before = sums[..., -1], sums.shape[1] + prefix
+            if number + 1 < rounds:
+                means = sums[..., width + len(length) : -2] / size[..., None]
+                points, log_weight = means[..., :rank], means[..., -1]
+        assert size is not None
+        means = sums[..., : width + len(length)] / size[..., None]
+        merged = means[..., :width]
         if restoration is not None:
-            mean = torch.where(members > 1, restoration(mean, length), mean)
-        left = torch.cat([tokens.rows[:, :prefix], mean.to(tokens.rows.dtype)], 1)
-        sizes = torch.cat([tokens.size[:, :prefix], size[..., 0]], 1)
-        embedded = None if tokens.place is None else torch.cat([tokens.place[:, :prefix], place[..., 0]], 1)
-        return Tokens(left, sizes, embedded)
+            merged = torch.where(sums[..., -2:-1] > 1, restoration(merged, means[..., width:]), merged)
+        left_rows = torch.cat([tokens.rows[:, :prefix], merged.to(tokens.rows.dtype)], 1)
+        first = torch.ones_like(size[:, :1]).expand(-1, prefix) if tokens.size is None else tokens.size[:, :prefix]
+        embedded = None if tokens.place is None or place is None else torch.cat([tokens.place[:, :prefix], place], 1)
+        return Tokens(left_rows, torch.cat([first, size], 1), embedded)
 
     def _staying(self, cut: TokenCut, price: Tensor, number: int, rounds: int, tokens: int) -> int:
         """How many candidates stay: known, or for one image as its prices say."""
@@ -192,58 +210,59 @@ class OneGraphViT(nn.Module):
         torch._check(stay <= candidates)
         return cast(int, stay)
 
-    def _scored(self, decider: ScoredCut, projected: Projected, attention: Tensor | None, tokens: Tokens, whole: bool) -> Tokens:
+    def _scored(self, decider: ScoredCut, projected: Projected, attention: Tensor | None, tokens: Tokens) -> Tokens:
         """Drop what scores low, or average it into the kept token of the most similar key."""
         prefix, score, cut = self.plan.model.anatomy.prefix_tokens, decider.score, decider.cut
-        assert tokens.size is not None
+        size = torch.ones_like(tokens.rows[..., 0], dtype=torch.float32) if tokens.size is None else tokens.size
         if isinstance(score, RoutedSensitivity):
-            price = _routed(score.router, projected.normed, attention).clamp_max(80.0).exp() * tokens.size
+            price = _routed(score.router, projected.normed, attention).clamp_max(LARGEST_LOG_PRICE).exp() * size
         else:
             assert attention is not None
-            price = attention.exp().mean(-1) * tokens.size
+            price = attention.exp().mean(-1) * size
         price = price[:, prefix:]
-        dearest = sort_by(price)
+        dearest = dearest_first(price)
         stay = self._staying(cut, price, 0, 1, tokens.rows.shape[1])
-        kept = kept_after(dearest, stay)
+        kept = ascending(dearest.narrow(1, 0, stay))
         lead = torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1)
         where = torch.cat([lead, kept + prefix], 1)
         place = None if tokens.place is None else pick(tokens.place, where)
         if cut.combine == "drop":
-            return Tokens(pick(tokens.rows, where), None if whole else pick(tokens.size, where), place)
+            return Tokens(pick(tokens.rows, where), None if tokens.size is None else pick(tokens.size, where), place)
         keys = nn.functional.normalize(projected.key.float().mean(2)[:, prefix:], dim=-1)
         gone = ranks(dearest) >= stay
         likeness = (keys @ keys.transpose(-2, -1)).masked_fill(gone[:, None], -INFINITY)
         arrives = (likeness.argmax(-1)[:, None] == kept[..., None]) & gone[:, None]
-        own = torch.cat([tokens.rows.float()[:, prefix:], torch.ones_like(tokens.rows[:, prefix:, :1], dtype=torch.float32)], -1)
-        own = own * tokens.size[:, prefix:, None]
+        own = torch.cat([tokens.rows.float()[:, prefix:], torch.ones_like(price[..., None])], -1) * size[:, prefix:, None]
         sums = pick(own, kept) + arrives.to(own.dtype) @ own
         left = torch.cat([tokens.rows[:, :prefix], (sums[..., :-1] / sums[..., -1:]).to(tokens.rows.dtype)], 1)
-        return Tokens(left, torch.cat([tokens.size[:, :prefix], sums[..., -1]], 1), place)
+        return Tokens(left, torch.cat([size[:, :prefix], sums[..., -1]], 1), place)
 
 
-def _attend(projected: Projected, log_size: Tensor | None, scale: float) -> Tensor:
-    """softmax(scale q k^T + log size) v, ``[images, queries, heads * head_dim]``; sizes count in single precision."""
+def _attend(projected: Projected, log_size: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T + log size) v, ``[images, queries, heads * head_dim]``, and its logits ``[images, heads, queries, n]``."""
     query, key, value = (part.transpose(1, 2) for part in (projected.query, projected.key, projected.value))
-    logits = (query * scale) @ key.transpose(-2, -1)
+    logits = (query @ key.transpose(-2, -1)) * scale
     if log_size is not None:
-        logits = logits + log_size[:, :, None].to(logits.dtype)
-    mixed = logits.softmax(-1) @ value
-    return mixed.transpose(1, 2).flatten(2)
+        logits = logits + log_size.to(logits.dtype)
+    return (logits.softmax(-1) @ value).transpose(1, 2).flatten(2), logits
 
 
-def _reader_attention(projected: Projected, log_size: Tensor | None, scale: float, prefix: int) -> Tensor:
-    """As :func:`hesper.graft.attention.reader_attention`, ``[images, n, heads]``, in single precision."""
-    query, key = projected.query.float(), projected.key.float()
-    reader = query[:, :1] if prefix else query.mean(1, keepdim=True)
-    logits = (key * (reader * scale)).sum(-1)
-    if log_size is None:
-        return logits.log_softmax(1)
-    bias = log_size.transpose(1, 2)
-    return (logits + bias).log_softmax(1) - bias
+def _reader_attention(projected: Projected, mass: Tensor, log_size: Tensor | None, scale: float, prefix: int) -> Tensor:
+    """As :func:`hesper.graft.attention.reader_attention`, ``[images, n, heads]``, in single precision; ``mass`` are attention's logits."""
+    if prefix and mass.dtype == torch.float32:
+        own = mass[:, :, 0]
+    else:
+        query = projected.query[:, 0] if prefix else projected.query.mean(1)
+        own = (projected.key.float() * (query.float() * scale)[:, None]).sum(-1).transpose(1, 2)
+        own = own if log_size is None else own + log_size[:, :, 0]
+    share = own.log_softmax(-1)
+    return (share if log_size is None else share - log_size[:, :, 0]).transpose(1, 2)
 
 
 def _routed(router: Callable[..., Tensor], normed: Tensor, attention: Tensor | None) -> Tensor:
     """A router's prediction ``[images, n]``, in single precision."""
     own = cast(Any, router)
     assert attention is not None
-    return normed.float() @ own.direction.float() + attention @ own.attention.float() + own.offset.float()
+    # As columns of matrices: a runtime multiplies by these sooner than by vectors.
+    seen: Tensor = normed.float() @ own.direction.float()[:, None] + attention @ own.attention.float()[:, None]
+    return (seen + own.offset.float())[..., 0]

@@ -18,21 +18,12 @@ from torch import Tensor, nn
 from hesper.errors import JobError, UsageError
 from hesper.export.formats import Runner
 from hesper.export.notes import KEY, Notes
+from hesper.export.tensorrt import refused_by_tensorrt
 
-__all__ = ["ONNX", "TENSORRT", "refused_by_tensorrt"]
+__all__ = ["ONNX", "quietly"]
 
 OPSETS = range(18, 24)
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-
-TENSORRT = frozenset(
-    "Abs Add And ArgMax ArgMin AveragePool BatchNormalization Cast Ceil Clip Concat Constant ConstantOfShape Conv Cos Div Einsum Equal Erf "
-    "Exp Expand Flatten Floor Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual HardSigmoid Identity IsNaN LayerNormalization "
-    "Less LessOrEqual Log LogSoftmax MatMul Max Min Mul Neg Not Or Pad Pow Range ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd "
-    "ReduceSum Relu Reshape Shape Sigmoid Sign Sin Slice Softmax Softplus Split Sqrt Squeeze Sub Sum Tanh Tile TopK Transpose Unsqueeze "
-    "Where Xor".split()
-)
-"""Operators that TensorRT 10 takes (onnx-tensorrt, docs/operators.md), without its scatters, which have been silently wrong
-(TensorRT issues 3750 and 4425)."""
 
 
 class Onnx:
@@ -82,6 +73,8 @@ class Onnx:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # Its threads spin after a call for the next one, and would keep a core from the model whose turn it is.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         wanted = PROVIDERS[provider or device]
@@ -103,17 +96,6 @@ class Onnx:
             return torch.from_numpy(session.run(None, {name: images.cpu().numpy()})[0])
 
         return Runner(run, notes, f"ONNX Runtime {onnxruntime.__version__}, {wanted}")
-
-
-def refused_by_tensorrt(model: Any) -> list[str]:
-    """What in an ONNX model TensorRT does not take: operators outside :data:`TENSORRT`, and a TopK whose K is not constant."""
-    constant = {own.name for own in model.graph.initializer} | {
-        name for node in model.graph.node if node.op_type == "Constant" for name in node.output
-    }
-    refused = {node.op_type for node in model.graph.node if node.op_type not in TENSORRT or node.domain}
-    if any(node.op_type == "TopK" and node.input[1] not in constant for node in model.graph.node):
-        refused.add("TopK whose K is not constant")
-    return sorted(refused)
 
 
 def _require(*packages: str) -> None:

@@ -50,10 +50,12 @@ def compare_logits(
     for batch in batches:
         with torch.inference_mode():
             expected = ours(batch).float()
-        parts = batch.split(largest_batch or len(batch))
+        parts = torch.split(batch, largest_batch or len(batch))
         found = torch.cat([theirs(part.contiguous()).float() for part in parts])
         if found.shape != expected.shape or not bool(found.isfinite().all()):
-            raise JobError(f"The exported file gave logits of shape {tuple(found.shape)}, or such as are not finite; the model's own differ.")
+            raise JobError(
+                f"The exported file gave logits of shape {tuple(found.shape)}, or such as are not finite; the model's own differ."
+            )
         images += len(batch)
         worst = max(worst, float((found - expected).abs().max()))
         largest = max(largest, float(expected.abs().max()))

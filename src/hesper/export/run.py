@@ -24,7 +24,7 @@ from hesper.export.one_graph import OneGraphViT
 from hesper.export.parity import Parity, compare_logits
 from hesper.graft import GraftedViT, graft
 from hesper.heart.gallery import load_gallery
-from hesper.hosts.open import OpenModel, open_model
+from hesper.hosts.open import HF, OpenModel, open_model
 from hesper.plan import empty_plan, plan_hash
 from hesper.runs import RunFolder, open_run, sha256_file
 from hesper.runs.files import sync_folder
@@ -40,7 +40,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was written: where, what it says of itself, its SHA-256, how it compares with PyTorch, and its format's own ``details``."""
+    """A file that was written: where, what it says of itself, its SHA-256, how it compares with PyTorch, and its format's ``details``."""
 
     path: Path
     format: str
@@ -133,7 +133,7 @@ def _models(
         if dial is not None:
             cut.set_dial(dial)
         return run, opened, cut
-    if Path(target).exists() or len(Path(target).parts) > 1 and not str(target).startswith("hf:"):
+    if not str(target).startswith(HF) and (Path(target).exists() or len(Path(target).parts) > 1):
         raise UsageError(f"There is no run folder {target}; give the folder that --out of an earlier command named.")
     if dial is not None:
         raise UsageError(f"{target} is a dense model and has no dial; leave --dial out or give a RUN folder.")

@@ -94,8 +94,13 @@ def wrap(name: str, module: nn.Module, preprocessing: Mapping[str, Any] | None =
     else:
         config = dict(preprocessing or open_timm.preprocessing(inner, host.anatomy.image_size))
         blueprint = {}
-    transform = create_transform(**config, is_training=False)
-    return OpenModel(host, ref, transform, tuple(config["mean"]), tuple(config["std"]), blueprint, config)
+    return OpenModel(host, ref, transform_of(config), tuple(config["mean"]), tuple(config["std"]), blueprint, config)
+
+
+def transform_of(preprocessing: Mapping[str, Any]) -> Transform:
+    """From images to tensors ``[channels, height, width]``, as words of timm's ``create_transform`` say."""
+    made: Transform = create_transform(**preprocessing, is_training=False)
+    return made
 
 
 def rebuild(ref: ModelRef, blueprint: Mapping[str, str]) -> tuple[nn.Module, Mapping[str, Any] | None]:

@@ -39,8 +39,9 @@ class Fingerprint:
 def fingerprint(root: Path = Path("/")) -> Fingerprint:
     """This machine now; ``root`` stands in for ``/`` in what is read from system files."""
     mode = power_mode(root)
+    own = {name: value for name, value in environment().items() if name != "governor"}  # that of the first core alone
     fixed: dict[str, Value] = {
-        **environment(),
+        **own,
         "governors": _alike(root, f"{_CPU}/cpu[0-9]*/cpufreq/scaling_governor"),
         "highest_khz": _alike(root, f"{_CPU}/cpu[0-9]*/cpufreq/scaling_max_freq"),
         "turbo_off": _alike(root, f"{_CPU}/intel_pstate/no_turbo"),

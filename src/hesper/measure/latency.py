@@ -60,6 +60,7 @@ def settle(
     *,
     most_rounds: int = 100,
     most_seconds: float = 60.0,
+    least_seconds: float = 0.0,
     synchronise: Callable[[], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Warmup:
@@ -69,6 +70,7 @@ def settle(
         jobs: by name.
         most_rounds: after which it is given up.
         most_seconds: likewise.
+        least_seconds: that it goes on for in any case, as clocks take that long to rise.
         synchronise: waits until the device is idle; called before every look at the clock.
         clock: seconds that only grow.
 
@@ -80,7 +82,7 @@ def settle(
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     begun = clock()
     rounds = 0
-    while rounds < most_rounds and (rounds < 2 * WINDOW or clock() - begun < most_seconds):
+    while (rounds < most_rounds or clock() - begun < least_seconds) and (rounds < 2 * WINDOW or clock() - begun < most_seconds):
         for name, job in jobs.items():
             wait()
             started = clock()
@@ -88,9 +90,9 @@ def settle(
             wait()
             seconds[name].append(clock() - started)
         rounds += 1
-        if all(_still(each) for each in seconds.values()):
+        if clock() - begun >= least_seconds and all(_still(each) for each in seconds.values()):
             return Warmup(rounds, True)
-    return Warmup(rounds, False)
+    return Warmup(rounds, all(_still(each) for each in seconds.values()))
 
 
 def _still(seconds: list[float]) -> bool:

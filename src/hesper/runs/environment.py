@@ -31,6 +31,7 @@ def environment() -> dict[str, str | int | None]:
         "timm": _version("timm"),
         "transformers": _version("transformers"),
         "numpy": _version("numpy"),
+        "onnxruntime": _version("onnxruntime") or _version("onnxruntime-gpu"),
     }
 
 
