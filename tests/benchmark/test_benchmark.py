@@ -106,12 +106,12 @@ def test_wrong_requests_are_refused(tmp_path: Path, weights: Path, pruned: tuple
 
 def test_every_model_sees_the_same_pictures_normalised_as_it_expects(pruned: tuple[Path, Result], images: Path) -> None:
     own = open_subject(Subject("run", str(pruned[0])), "cpu")
-    other = dataclasses.replace(own, dense=dataclasses.replace(own.dense, mean=(0.1, 0.2, 0.3), std=(0.2, 0.3, 0.4)))
+    other = dataclasses.replace(own, view=dataclasses.replace(own.view, mean=(0.1, 0.2, 0.3), std=(0.2, 0.3, 0.4)))
     for data in (str(images), None):
         seen = images_for({"target": own, "baseline": other}, data, 4, "cpu")
         assert len(seen["target"]) == len(seen["baseline"]) >= 2
         for ours, theirs in zip(seen["target"], seen["baseline"], strict=True):
-            mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (own.dense.mean, own.dense.std))
+            mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (own.view.mean, own.view.std))
             back = theirs * torch.tensor((0.2, 0.3, 0.4)).view(1, -1, 1, 1) + torch.tensor((0.1, 0.2, 0.3)).view(1, -1, 1, 1)
             torch.testing.assert_close((back - mean) / std, ours, rtol=1e-4, atol=1e-5)
             assert float(back.min()) >= -1e-4 and float(back.max()) <= 1 + 1e-4

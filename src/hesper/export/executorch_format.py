@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hesper.errors import JobError, UsageError
 from hesper.export.formats import Runner
 from hesper.export.notes import KEY, Notes
-from hesper.export.onnx_format import quietly
+from hesper.export.quiet import innermost, quietly
 from hesper.export.torch_format import exported
 
 __all__ = ["EXECUTORCH"]
@@ -32,8 +32,9 @@ class ExecuTorch:
                 "ExecuTorch plans its memory beforehand, and this run's counts adapt to the image; prune with --counts fixed, or export to "
                 "onnx or torch."
             )
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import to_edge_transform_and_lower
+        with quietly():
+            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+            from executorch.exir import to_edge_transform_and_lower
 
         program = exported(graph, example, notes)
         try:
@@ -42,14 +43,15 @@ class ExecuTorch:
                     program, partitioner=[XnnpackPartitioner()], constant_methods={KEY: notes.dumps()}
                 ).to_executorch()
         except Exception as error:
-            raise JobError(f"ExecuTorch cannot take this model: {str(error).splitlines()[0][:300]}") from error
+            raise JobError(f"ExecuTorch cannot take this model: {innermost(error)}") from error
         path.write_bytes(lowered.buffer)
         return {"bytes": len(lowered.buffer)}
 
     def open(self, path: Path, device: str, provider: str | None, threads: int | None) -> Runner:
         """The program in ExecuTorch's own runtime."""
         _require()
-        from executorch.runtime import Runtime
+        with quietly():
+            from executorch.runtime import Runtime
 
         try:
             program = Runtime.get().load_program(path)

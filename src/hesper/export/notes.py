@@ -49,7 +49,8 @@ class Notes:
         """From what :meth:`dumps` gave; UsageError, naming ``where``, for anything else.
 
         Example:
-            >>> notes = Notes("vit_tiny_patch16_224", None, "fp32", 1e9, 1e9, None, 1000, (224, 224), {"mean": (0.5, 0.5, 0.5)})
+            >>> scale = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+            >>> notes = Notes("vit_tiny_patch16_224", None, "fp32", 1e9, 1e9, None, 1000, (224, 224), scale)
             >>> Notes.loads(notes.dumps(), "vit.onnx").image_size
             (224, 224)
         """
@@ -58,7 +59,8 @@ class Notes:
             if values["schema"] > SCHEMA:
                 raise UsageError(f"{where} was exported by a newer hesper; upgrade hesper.")
             own = cls(**{**values, "image_size": tuple(values["image_size"])})
-            assert own.preprocessing["mean"] and own.preprocessing["std"] and own.largest_batch in (1, None)
+            if len(own.preprocessing["mean"]) != len(own.preprocessing["std"]) or own.largest_batch not in (1, None):
+                raise ValueError("preprocessing without mean and std")
             return own
-        except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UsageError(f"{where} was not exported by hesper; make it with 'hesper export RUN --out FILE'.") from error

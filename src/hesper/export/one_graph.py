@@ -148,11 +148,11 @@ class OneGraphViT(nn.Module):
         if isinstance(decider, ScoredCut):
             return self._scored(decider, projected, attention, tokens)
         if isinstance(decider, KeyMerge):
-            return self._linked(decider.cut, 1, projected.key.float().mean(2)[:, prefix:], None, tokens, None)
+            return self._linked(decider.cut, 1, _wide(projected.key).mean(2)[:, prefix:], None, tokens, None)
         curved = cast(CurvatureMerge, decider)
         log_weight = _routed(curved.router, projected.normed, attention)[:, prefix:]
         log_weight = curved.gamma * log_weight.clamp(-LARGEST_LOG_CURVATURE, LARGEST_LOG_CURVATURE)
-        points = (tokens.rows.float() @ curved.root.float())[:, prefix:]
+        points = (_wide(tokens.rows) @ _wide(curved.root))[:, prefix:]
         return self._linked(curved.cut, curved.rounds, points, log_weight, tokens, curved.restoration)
 
     def _linked(
@@ -163,7 +163,7 @@ class OneGraphViT(nn.Module):
         By curvature where a ``log_weight`` says how much moving a token matters, by likeness otherwise.
         """
         prefix, width, rank = self.plan.model.anatomy.prefix_tokens, tokens.rows.shape[-1], points.shape[-1]
-        before, rows = tokens.rows.shape[1], tokens.rows[:, prefix:].float()
+        before, rows = tokens.rows.shape[1], _wide(tokens.rows[:, prefix:])
         size = None if tokens.size is None else tokens.size[:, prefix:]
         place = None if tokens.place is None else tokens.place[:, prefix:]
         length = [] if restoration is None else [rows.norm(dim=-1, keepdim=True)]
@@ -213,7 +213,7 @@ class OneGraphViT(nn.Module):
     def _scored(self, decider: ScoredCut, projected: Projected, attention: Tensor | None, tokens: Tokens) -> Tokens:
         """Drop what scores low, or average it into the kept token of the most similar key."""
         prefix, score, cut = self.plan.model.anatomy.prefix_tokens, decider.score, decider.cut
-        size = torch.ones_like(tokens.rows[..., 0], dtype=torch.float32) if tokens.size is None else tokens.size
+        size = torch.ones_like(_wide(tokens.rows[..., 0])) if tokens.size is None else tokens.size
         if isinstance(score, RoutedSensitivity):
             price = _routed(score.router, projected.normed, attention).clamp_max(LARGEST_LOG_PRICE).exp() * size
         else:
@@ -228,11 +228,11 @@ class OneGraphViT(nn.Module):
         place = None if tokens.place is None else pick(tokens.place, where)
         if cut.combine == "drop":
             return Tokens(pick(tokens.rows, where), None if tokens.size is None else pick(tokens.size, where), place)
-        keys = nn.functional.normalize(projected.key.float().mean(2)[:, prefix:], dim=-1)
+        keys = nn.functional.normalize(_wide(projected.key).mean(2)[:, prefix:], dim=-1)
         gone = ranks(dearest) >= stay
         likeness = (keys @ keys.transpose(-2, -1)).masked_fill(gone[:, None], -INFINITY)
         arrives = (likeness.argmax(-1)[:, None] == kept[..., None]) & gone[:, None]
-        own = torch.cat([tokens.rows.float()[:, prefix:], torch.ones_like(price[..., None])], -1) * size[:, prefix:, None]
+        own = torch.cat([_wide(tokens.rows)[:, prefix:], torch.ones_like(price[..., None])], -1) * size[:, prefix:, None]
         sums = pick(own, kept) + arrives.to(own.dtype) @ own
         left = torch.cat([tokens.rows[:, :prefix], (sums[..., :-1] / sums[..., -1:]).to(tokens.rows.dtype)], 1)
         return Tokens(left, torch.cat([size[:, :prefix], sums[..., -1]], 1), place)
@@ -249,11 +249,11 @@ def _attend(projected: Projected, log_size: Tensor | None, scale: float) -> tupl
 
 def _reader_attention(projected: Projected, mass: Tensor, log_size: Tensor | None, scale: float, prefix: int) -> Tensor:
     """As :func:`hesper.graft.attention.reader_attention`, ``[images, n, heads]``, in single precision; ``mass`` are attention's logits."""
-    if prefix and mass.dtype == torch.float32:
+    if prefix and mass.dtype != torch.float16:
         own = mass[:, :, 0]
     else:
         query = projected.query[:, 0] if prefix else projected.query.mean(1)
-        own = (projected.key.float() * (query.float() * scale)[:, None]).sum(-1).transpose(1, 2)
+        own = (_wide(projected.key) * (_wide(query) * scale)[:, None]).sum(-1).transpose(1, 2)
         own = own if log_size is None else own + log_size[:, :, 0]
     share = own.log_softmax(-1)
     return (share if log_size is None else share - log_size[:, :, 0]).transpose(1, 2)
@@ -264,5 +264,11 @@ def _routed(router: Callable[..., Tensor], normed: Tensor, attention: Tensor | N
     own = cast(Any, router)
     assert attention is not None
     # As columns of matrices: a runtime multiplies by these sooner than by vectors.
-    seen: Tensor = normed.float() @ own.direction.float()[:, None] + attention @ own.attention.float()[:, None]
-    return (seen + own.offset.float())[..., 0]
+    seen: Tensor = _wide(normed) @ own.direction.to(attention.dtype)[:, None] + attention @ own.attention.to(attention.dtype)[:, None]
+    own_offset: Tensor = own.offset.to(attention.dtype)
+    return (seen + own_offset)[..., 0]
+
+
+def _wide(values: Tensor) -> Tensor:
+    """``values`` in single precision at least."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

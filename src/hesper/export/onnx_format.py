@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
 from collections import Counter
-from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -18,9 +13,10 @@ from torch import Tensor, nn
 from hesper.errors import JobError, UsageError
 from hesper.export.formats import Runner
 from hesper.export.notes import KEY, Notes
+from hesper.export.quiet import innermost, quietly
 from hesper.export.tensorrt import refused_by_tensorrt
 
-__all__ = ["ONNX", "quietly"]
+__all__ = ["ONNX"]
 
 OPSETS = range(18, 24)
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -53,7 +49,7 @@ class Onnx:
                     verbose=False,
                 )
             except Exception as error:
-                raise JobError(f"The model cannot be written as ONNX with opset {wanted}: {_first(error)}") from error
+                raise JobError(f"The model cannot be written as ONNX with opset {wanted}: {innermost(error)}") from error
         assert program is not None
         model = program.model_proto
         model.producer_name = KEY
@@ -86,7 +82,7 @@ class Onnx:
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
         except Exception as error:
-            raise UsageError(f"ONNX Runtime {onnxruntime.__version__} cannot open {path}: {_first(error)}") from error
+            raise UsageError(f"ONNX Runtime {onnxruntime.__version__} cannot open {path}: {innermost(error)}") from error
         notes = Notes.loads(session.get_modelmeta().custom_metadata_map.get(KEY), path)
         if session.get_providers()[0] != wanted:
             raise UsageError(f"ONNX Runtime did not start {wanted}; what that needs is not installed, so use --provider cpu.")
@@ -102,30 +98,6 @@ def _require(*packages: str) -> None:
     missing = [package for package in packages if util.find_spec(package) is None]
     if missing:
         raise UsageError(f"ONNX files need {' and '.join(missing)}; install hesper[onnx].")
-
-
-def _first(error: Exception) -> str:
-    """The innermost reason's first line."""
-    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Without what exporters print and warn of, which speaks of their own insides."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "root")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 ONNX = Onnx()

@@ -24,6 +24,7 @@ from hesper.export.one_graph import OneGraphViT
 from hesper.export.parity import Parity, compare_logits
 from hesper.graft import GraftedViT, graft
 from hesper.heart.gallery import load_gallery
+from hesper.hosts import fix_image_size
 from hesper.hosts.open import HF, OpenModel, open_model
 from hesper.plan import empty_plan, plan_hash
 from hesper.runs import RunFolder, open_run, sha256_file
@@ -101,14 +102,14 @@ def export(
     if place.suffix.lower() != kind.suffix:
         raise UsageError(f"A file of the format {named} ends in {kind.suffix}; name it so, and hesper bench will know it.")
     run, opened, cut = _models(target, weights, dense, dial)
-    graph = OneGraphViT(cut)
+    graph = _graph(cut, precision)
     images = _images(run, opened, data)
     notes = _notes(None if dense else run, opened, cut, graph, precision)
     example = torch.zeros(2 if notes.largest_batch is None else 1, cut.plan.model.anatomy.channels, *notes.image_size)
     if progress:
         progress(f"Write {named}", 0, 0)
     with _whole(place) as partial:
-        details = kind.write(_in_precision(graph, precision), example, notes, opset, partial)
+        details = kind.write(graph, example, notes, opset, partial)
         if progress:
             progress("Compare with PyTorch", 0, 0)
         runner = kind.open(partial, "cpu", None, None)
@@ -162,12 +163,13 @@ def _notes(run: RunFolder | None, opened: OpenModel, cut: GraftedViT, graph: One
     )
 
 
-def _in_precision(graph: OneGraphViT, precision: Precision) -> OneGraphViT:
-    if precision == "fp32":
-        return graph
-    halved = copy.deepcopy(graph)
-    halved.cut.network.half()
-    return halved
+def _graph(cut: GraftedViT, precision: Precision) -> OneGraphViT:
+    """A copy of the model as it is exported."""
+    graph = OneGraphViT(copy.deepcopy(cut))
+    fix_image_size(graph.cut.network)
+    if precision == "fp16":
+        graph.cut.network.half()
+    return graph
 
 
 def _images(run: RunFolder | None, opened: OpenModel, data: str | Path | None) -> Iterable[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hesper.errors import JobError, UsageError
 from hesper.export.formats import Runner
 from hesper.export.notes import KEY, Notes
-from hesper.export.onnx_format import quietly
+from hesper.export.quiet import innermost, quietly
 
 __all__ = ["ARCHIVE", "exported"]
 
@@ -53,7 +53,7 @@ def exported(graph: nn.Module, example: Tensor, notes: Notes) -> Any:
         with quietly(), torch.no_grad():
             return torch.export.export(graph, (example,), dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        raise JobError(f"torch.export cannot draw this model as a graph: {str(error).splitlines()[0][:300]}") from error
+        raise JobError(f"torch.export cannot draw this model as a graph: {innermost(error)}") from error
 
 
 ARCHIVE = Archive()

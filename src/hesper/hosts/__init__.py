@@ -7,11 +7,12 @@ from torch import nn
 from hesper.hosts.base import Host, HostBlock, Projected
 from hesper.hosts.hf_vit import CLASSIFIERS
 from hesper.hosts.refusal import refused
+from hesper.hosts.timm_ends import fix_image_size
 from hesper.hosts.timm_eva import TimmEva
 from hesper.hosts.timm_vit import TimmViT
 from hesper.registry import Registry
 
-__all__ = ["Host", "HostBlock", "Projected", "TimmEva", "TimmViT", "open_host"]
+__all__ = ["Host", "HostBlock", "Projected", "TimmEva", "TimmViT", "fix_image_size", "open_host"]
 
 
 class _Opener(Protocol):

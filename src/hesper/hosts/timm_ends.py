@@ -53,6 +53,16 @@ def _check_attention_pool(pool: Any) -> None:
         raise UsageError(f"A classifier with {reason} is not supported; class-token, average and plain latent attention pooling are.")
 
 
+def fix_image_size(module: Any) -> None:
+    """Make a model that takes images of any size take its own alone: exported, it would resize its positions for every image.
+
+    In place; where positions are rotations too, which are resized likewise, the model stays as it is.
+    """
+    if getattr(module, "dynamic_img_size", False) and getattr(module, "rope", None) is None:
+        module.dynamic_img_size = False
+        module.patch_embed.flatten = True
+
+
 def shape(block: Any) -> tuple[int, int, int]:
     """Heads, head width, and the feed-forward half's weights."""
     return int(block.attn.num_heads), int(block.attn.head_dim), linear_weights(block.mlp)

@@ -1,0 +1,102 @@
+"""The one graph against the packed model: the same decisions, the same logits, for every host and criterion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from families import FAMILIES, family, shots
+from hesper.errors import UsageError
+from hesper.export.one_graph import OneGraphViT
+from hesper.graft import GraftedViT, graft
+from hesper.hosts import open_host
+from hesper.plan import HeadCut, HeadGate, TokenCut
+from vits import KINDS, READERS, REMOVABLE, cuts_of, gate_tables, learned_tables, pictures, plan_for, tables, vit
+
+DECIDERS = [("kl", "merge"), ("tome", "merge"), ("kl", "drop"), ("cls", "drop"), ("cls", "merge"), ("kl", "merge refined")]
+
+
+def cut_of(model: Any, criterion: str, combine: Any, learned: bool = False, skip: bool = False, heads: Any = (), **how: Any) -> GraftedViT:
+    own = {**tables(model), **(learned_tables(model) if learned else {})}
+    return graft(model, plan_for(model, cuts_of(combine, [0, 1], **how), criterion, heads, skip), own)
+
+
+def check(cut: GraftedViT, images: torch.Tensor, adaptive: bool) -> set[int]:
+    """Both on the same images; the counts of tokens that images kept."""
+    graph = OneGraphViT(cut)
+    assert graph.fixed is not adaptive
+    with torch.no_grad():
+        found = torch.cat([graph(image[None]) for image in images]) if adaptive else graph(images)
+        outcome = cut.run(images)
+    torch.testing.assert_close(found, outcome.logits, rtol=1e-9, atol=1e-9)
+    return set(outcome.traffic.fed[:, 1].tolist())
+
+
+@pytest.mark.parametrize(("criterion", "combine"), DECIDERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_fixed_counts_give_the_same_logits(kind: str, criterion: str, combine: str) -> None:
+    double = torch.float64
+    model, (how, *refined) = vit(kind, double), combine.split()
+    cut = cut_of(model, criterion, how, bool(refined), remove=4)
+    assert len(check(cut, pictures(4, double), adaptive=False)) == 1
+
+
+@pytest.mark.parametrize(("criterion", "combine"), DECIDERS)
+@pytest.mark.parametrize("multiple", [1, 3])
+def test_adaptive_counts_give_the_same_logits_image_by_image(criterion: str, combine: str, multiple: int) -> None:
+    double = torch.float64
+    model, (how, *refined), images = vit("plain", double), combine.split(), pictures(6, double)
+
+    def at(price: float) -> GraftedViT:
+        return cut_of(model, criterion, how, bool(refined), threshold=price, multiple=multiple)
+
+    # The price at which images lose most different counts.
+    best = max((2.0**power for power in range(-7, 10)), key=lambda price: len(set(at(price).run(images).traffic.fed[:, 1].tolist())))
+    assert len(check(at(best), images, adaptive=True)) > 1
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind != "distilled"])
+def test_other_families_give_the_same_logits(kind: str) -> None:
+    double = torch.float64
+    model = family(kind, double)
+    for how in ({"remove": 3}, {"threshold": 3.0}):
+        cut = cut_of(model, "kl", "merge", True, **how)
+        check(cut, shots(kind, 3, double), adaptive="threshold" in how)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in READERS if kind in REMOVABLE])
+def test_removed_heads_and_an_unread_last_block_give_the_same_logits(kind: str) -> None:
+    double = torch.float64
+    model = vit(kind, double)
+    heads = (HeadCut(0, (1,)), HeadCut(2, (0,)))
+    check(cut_of(model, "kl", "merge", True, skip=True, heads=heads, remove=4), pictures(3, double), adaptive=False)
+
+
+def test_a_plan_that_cuts_nothing_is_the_host() -> None:
+    model = vit("plain")
+    images = pictures(2)
+    assert torch.equal(OneGraphViT(graft(model, plan_for(model)))(images), model(images))
+
+
+def test_halves_decide_in_single_precision() -> None:
+    model = vit("plain")
+    cut = cut_of(model, "kl", "merge", remove=4)
+    halved = OneGraphViT(graft(model, cut.plan, tables(model)))
+    halved.cut.network.half()
+    images = pictures(3)
+    found = halved(images)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, cut(images), rtol=0.05, atol=0.1)
+
+
+def test_what_no_graph_can_decide_is_refused_with_the_alternative() -> None:
+    model = vit("plain")
+    gated = graft(model, plan_for(model, gates=[HeadGate(1, 0.1)]), {**tables(model), **gate_tables(model)})
+    with pytest.raises(UsageError, match="--heads static"):
+        OneGraphViT(gated)
+    control = graft(model, plan_for(model, [TokenCut(1, "drop", remove=2)], "random"), tables(model))
+    with pytest.raises(UsageError, match="'random' is a control"):
+        OneGraphViT(control)
+    assert open_host(model).anatomy.depth == 4
