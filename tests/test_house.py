@@ -21,7 +21,7 @@ RANKS = [
     {"measure"},
     {"heart"},
     {"artefact"},
-    {"export"},
+    {"exporting"},
     {"benchmark"},
     {"api"},
     {"report"},

@@ -43,12 +43,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_commands_run(home: Path) -> None:
     commands = [line.split("#")[0] for block in blocks("") for line in block.splitlines() if line.startswith("hesper ")]
-    assert [shlex.split(command)[1] for command in commands] == ["prune", "show", "eval", "report", "bench"]
+    assert [shlex.split(command)[1] for command in commands] == ["prune", "show", "eval", "report", "bench", "export"]
     for command in commands:
         assert LARGE in command or "prune" not in command
         result = hesper(*shlex.split(command.replace(LARGE, NAME))[1:])
         assert result.exit_code == 0, (command, result.stderr)
-    assert [entry.kind for entry in open_run(home / "run").entries] == ["prune", "eval", "bench"]
+    assert [entry.kind for entry in open_run(home / "run").entries] == ["prune", "eval", "bench", "export"]
     assert (home / "report.html").stat().st_size > 10_000
 
 
@@ -66,7 +66,8 @@ def test_the_python_runs(home: Path) -> None:
 def test_every_option_named_is_an_option() -> None:
     options = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - {"--nproc-per-node"}  # torchrun's own
     assert {"--macs", "--loss-budget", "--max-disagreement", "--confidence"} <= options
-    told = "".join(hesper(verb, "--help").stdout for verb in ("prune", "eval", "bench", "show", "report", "doctor", "demo"))
+    verbs = ("prune", "eval", "bench", "compare", "export", "show", "report", "doctor", "demo")
+    told = "".join(hesper(verb, "--help").stdout for verb in verbs)
     assert {option for option in options if not re.search(rf"{option}\b", told)} == set()
 
 

@@ -1,7 +1,7 @@
 """Hesper: Hessian-guided pruning for edge runtimes.
 
-``prune``, ``load``, ``evaluate`` and ``bench`` are the verbs of the command line, in Python. They are imported when first used, so that the
-words of the project (``hesper.plan``, ``hesper.runs``) stay free of torch.
+``prune``, ``load``, ``evaluate``, ``bench`` and ``export`` are the verbs of the command line, in Python. They are imported when first
+used, so that the words of the project (``hesper.plan``, ``hesper.runs``) stay free of torch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from hesper.version import __version__
 if TYPE_CHECKING:
     from hesper.api import evaluate, load, prune
     from hesper.benchmark import bench
+    from hesper.exporting import export
     from hesper.heart.criteria import Criterion
     from hesper.heart.prune import Settings
     from hesper.hosts.open import open_model
@@ -23,12 +24,13 @@ _DOORS = {
     "Settings": "hesper.heart.prune",
     "bench": "hesper.benchmark",
     "evaluate": "hesper.api",
+    "export": "hesper.exporting",
     "load": "hesper.api",
     "open_model": "hesper.hosts.open",
     "prune": "hesper.api",
 }
 
-__all__ = ["Criterion", "Settings", "__version__", "bench", "evaluate", "load", "open_model", "prune"]
+__all__ = ["Criterion", "Settings", "__version__", "bench", "evaluate", "export", "load", "open_model", "prune"]
 
 
 def __dir__() -> list[str]:

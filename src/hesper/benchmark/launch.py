@@ -19,7 +19,7 @@ from typing import IO, Any
 from hesper.benchmark.child import GO
 from hesper.benchmark.record import Cell, Ending, Series
 from hesper.benchmark.request import Request
-from hesper.errors import JobError, UsageError
+from hesper.errors import HesperError, JobError, UsageError
 from hesper.meters import Energy, Meter, Sampler, energy
 
 __all__ = ["Progress", "cell"]
@@ -56,7 +56,7 @@ def cell(request: Request, meter: Meter | None, timeout: float, progress: Progre
     Args:
         request: with the purpose "time".
         meter: one that can be read, or None for no energy.
-        timeout: seconds after which a process is given up.
+        timeout: seconds after which the batch size is given up; what was measured by then counts.
         progress: told (stage, done, total).
 
     Raises:
@@ -73,24 +73,37 @@ def cell(request: Request, meter: Meter | None, timeout: float, progress: Progre
             story.ending, story.reason = "crashed", "the process ended without a result"
         return Cell(request.batch_size, story.ending, _in_time(story, timeout), settled["rounds"], settled["settled"], {})
     runtimes = (story.last("opened") or {}).get("runtimes", {})
-    series = {}
+    series, interrupted = {}, story.ending == "interrupted"
     for name, subject in request.subjects.items():
         one = dataclasses.replace(request, subjects={name: subject}, purpose="memory", stretches=0)
-        looked = _run(one, deadline, progress)
-        peak, why = looked.last("memory"), None
-        if peak is None:
-            peak, why = {"host": None, "device": None}, f"{looked.ending}: {_in_time(looked, timeout) or 'no result'}"
+        peak, why = ({"host": None, "device": None}, "interrupted") if interrupted else _memory(one, deadline, timeout, progress)
+        interrupted = interrupted or why == "interrupted"
         stretches = power.energies.get(name, [])
         found, counts = tuple(each for each, _ in stretches), tuple(count for _, count in stretches)
         series[name] = Series(
             tuple(times["seconds"][name]), times["macs"][name], peak["host"], peak["device"], found, counts, why, runtimes.get(name)
         )
+    if interrupted:
+        story.ending, story.reason = "interrupted", "the bench was interrupted"
     if story.ending == "out of memory":  # the times are there, so the batch did fit
         story.ending, story.reason = "crashed", f"while energy was measured: {story.reason}"
     reason, watts = _in_time(story, timeout), power.idle
     return Cell(
         request.batch_size, story.ending, reason, settled["rounds"], settled["settled"], series, times["threads"], watts, power.no_idle
     )
+
+
+def _memory(request: Request, deadline: float, timeout: float, progress: Progress | None) -> tuple[dict[str, Any], str | None]:
+    """Peaks of memory, or none and why; the times are there already, and nothing that goes wrong here may lose them."""
+    none = {"host": None, "device": None}
+    try:
+        looked = _run(request, deadline, progress)
+    except HesperError as error:
+        return none, str(error)
+    except KeyboardInterrupt:
+        return none, "interrupted"
+    peak = looked.last("memory")
+    return (none, f"{looked.ending}: {_in_time(looked, timeout) or 'no result'}") if peak is None else (peak, None)
 
 
 @dataclass
@@ -153,6 +166,13 @@ def _run(
                 _show(event, request, progress)
                 if event["event"] == "ready" and metered is not None:
                     metered(lambda: say(GO), lambda: story.events.extend(lines), story)
+        except KeyboardInterrupt:
+            if story.last("times") is None:
+                raise
+            process.kill()
+            process.wait()
+            story.ending = "interrupted"
+            return story
         except TimeoutError:
             process.kill()
             process.wait()

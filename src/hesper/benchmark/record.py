@@ -81,10 +81,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Bench:
-    """A whole bench: models in words, device, the meter and what it covers or why there is none, the machine before and after, cells."""
+    """A whole bench: models in words and of which kind, device, meter and what it covers or why there is none, the machine, cells."""
 
     target: str
     baseline: str | None
+    target_kind: str
+    baseline_kind: str | None
     device: str
     meter: str | None
     meter_reason: str
@@ -105,6 +107,8 @@ class Bench:
         return {
             "target": self.target,
             "baseline": self.baseline,
+            "target_kind": self.target_kind,
+            "baseline_kind": self.baseline_kind,
             "device": self.device,
             "meter": self.meter,
             "meter_reason": self.meter_reason,

@@ -10,7 +10,7 @@ from hesper.benchmark.record import Bench, Cell
 from hesper.benchmark.request import BASELINE, TARGET, Request, Subject
 from hesper.device import use_device
 from hesper.errors import HesperError, UsageError
-from hesper.export.formats import SUFFIXES
+from hesper.exporting.formats import SUFFIXES
 from hesper.hosts.open import HF
 from hesper.measure.fingerprint import fingerprint
 from hesper.meters import Meter, usable
@@ -42,7 +42,7 @@ def bench(
     """Time a run folder or a dense model beside a baseline, batch size by batch size, each in a process of its own.
 
     Args:
-        target: a run folder, a dense model by its name, or a file that :func:`hesper.export.export` wrote.
+        target: a run folder, a dense model by its name, or a file that :func:`hesper.exporting.export` wrote.
         baseline: likewise; None takes a run's dense model, "none" no baseline.
         batch_sizes: images at a time. Where one lacks memory, larger ones are not tried.
         data: images to run on; without them those that a run keeps for its report.
@@ -54,7 +54,7 @@ def bench(
         rounds: timed calls of each model, in turns.
         meter: an energy meter's name, "auto" or "none".
         stretch_seconds: how long a model runs without a pause for its energy, three times.
-        timeout: seconds after which a process is given up.
+        timeout: seconds after which a batch size is given up.
         progress: told (stage, done, total).
 
     Raises:
@@ -68,6 +68,8 @@ def bench(
     beside = _baseline(subjects[TARGET], baseline, baseline_weights, provider)
     if beside is not None:
         subjects[BASELINE] = beside
+    if provider is not None and not any(each.where.lower().endswith(".onnx") for each in subjects.values()):
+        raise UsageError("--provider is ONNX Runtime's, and nothing here is an .onnx file; leave it out.")
     before, cells = fingerprint(), list[Cell]()
     with usable(meter, card=_card() if device == "cuda" else None) as (read, reason):
         for size in sorted(set(batch_sizes)):
@@ -78,7 +80,8 @@ def bench(
                 break
         named = None if read is None else f"{read.name} ({read.scope})"
     words = (subjects[TARGET].words, beside.words if beside else None)
-    return Bench(*words, device, named, reason, before, fingerprint(), tuple(cells))
+    kinds = (subjects[TARGET].kind, beside.kind if beside else None)
+    return Bench(*words, *kinds, device, named, reason, before, fingerprint(), tuple(cells))
 
 
 def _one(request: Request, before: Sequence[Cell], meter: Meter | None, timeout: float, progress: Progress | None) -> Cell:

@@ -14,7 +14,7 @@ from hesper.artefact import load_cut, open_dense
 from hesper.benchmark.request import Subject
 from hesper.data import Transform, batches, open_images
 from hesper.errors import UsageError
-from hesper.export import format_of
+from hesper.exporting import format_of
 from hesper.graft import GraftedViT, graft
 from hesper.heart.gallery import load_gallery
 from hesper.hosts.open import open_model, transform_of
@@ -39,13 +39,18 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A model ready to run: ``macs`` gives the multiply-accumulates that a batch of images needs, a mean over them."""
+    """A model ready to run: ``macs`` gives the multiply-accumulates that a batch of images needs, a mean over them.
+
+    Of a file that is the mean its notes say. ``on_host`` wants images in main memory; ``adapts`` takes as long as an image needs.
+    """
 
     model: Callable[[Tensor], object]
     macs: Callable[[Tensor], float]
     view: View
     subject: Subject
     runtime: str
+    on_host: bool = False
+    adapts: bool = False
 
 
 def open_subject(subject: Subject, device: str, batch_size: int = 1, threads: int | None = None) -> Opened:
@@ -74,23 +79,23 @@ def _open_file(subject: Subject, device: str, batch_size: int, threads: int | No
     notes = runner.notes
     if notes.largest_batch is not None and batch_size > notes.largest_batch:
         raise UsageError(
-            f"{subject.where} takes one image at a time, since its counts adapt to the image; leave --batch-size at 1, or export a run "
-            "that was pruned with --counts fixed."
+            f"{subject.where} takes one image at a time; leave --batch-size at 1, or export a run that was pruned with --counts fixed to "
+            "onnx or torch."
         )
     words = notes.preprocessing
     transform = transform_of(words)
     view = View(len(words["mean"]), notes.image_size, transform, tuple(words["mean"]), tuple(words["std"]))
-    return Opened(runner.run, lambda images: notes.macs, view, subject, runner.runtime)
+    return Opened(runner.run, lambda images: notes.macs, view, subject, runner.runtime, runner.on_host, notes.adaptive)
 
 
 def images_for(opened: Mapping[str, Opened], data: str | None, batch_size: int, device: str) -> dict[str, tuple[Tensor, ...]]:
     """Batches of the same real images for each model, normalised as it expects, at least two.
 
     They are of ``data``, evenly spread, or else those that a run keeps for its report.
-    A dense model takes as long whatever it sees; without any run and any data the models are given noise.
+    Without any run and any data the models are given noise, on which those of fixed counts take as long.
 
     Raises:
-        UsageError: the models take images of different sizes, or there are none.
+        UsageError: the models take images of different sizes, or there are none; or an exported file's counts would follow noise.
     """
     first, *others = (each.view for each in opened.values())
     for other in others:
@@ -102,13 +107,15 @@ def images_for(opened: Mapping[str, Opened], data: str | None, batch_size: int, 
     mean, std = _scale(first)
     if data is None:
         kept = [found for each in opened.values() if each.subject.kind != "dense" and (found := _of_gallery(each)) is not None]
+        if not kept and (adaptive := [each.subject.where for each in opened.values() if each.adapts]):
+            raise UsageError(f"{adaptive[0]} keeps as many tokens as an image needs, so noise would say nothing; give --data DIR.")
         images = (kept[0] - mean) / std if kept else images
     count = max(2, -(-len(images) // batch_size)) * batch_size
     pictures = images[torch.arange(count) % len(images)] * std + mean
     batches_of = {}
     for name, each in opened.items():
         own_mean, own_std = _scale(each.view)
-        batches_of[name] = tuple(torch.split(((pictures - own_mean) / own_std).to(device), batch_size))
+        batches_of[name] = tuple(torch.split(((pictures - own_mean) / own_std).to("cpu" if each.on_host else device), batch_size))
     return batches_of
 
 

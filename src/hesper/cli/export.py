@@ -26,7 +26,7 @@ __all__ = ["export", "table"]
 @click.option("--dense", is_flag=True, help="The dense model of the RUN, to compare with.")
 @click.option("--dial", type=float, metavar="NATS", help="Let tokens go below this price instead of the run's own.")
 @click.option("--data", type=file_path(), metavar="DIR", help="Images to compare on; without it those a RUN keeps for its report.")
-@click.option("--opset", type=int, metavar="N", help="Of ONNX; 18 if not given.")
+@click.option("--opset", type=int, metavar="N", help="Of ONNX; 20 if not given.")
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16"]),
@@ -54,7 +54,7 @@ def export(
     """
     with Stages() as stages:
         stages("Open model", 0, 0)
-        from hesper.export import export as write
+        from hesper.exporting import export as write
 
         made = write(
             target,
@@ -90,7 +90,8 @@ def _record(target: str, figures: dict[str, Any], sha256: str) -> None:
 def table(figures: Mapping[str, Any]) -> str:
     """The figures for people."""
     notes, parity, details = figures["notes"], figures["parity"], figures["details"]
-    batch = "any number of images" if notes["largest_batch"] is None else "one image at a time, since counts adapt to it"
+    one = f"one image at a time{', since counts adapt to it' if notes['adaptive'] else ''}"
+    batch = "any number of images" if notes["largest_batch"] is None else one
     rows = [
         ("file", f"{figures['path']}, {figures['bytes'] / 2**20:.1f} MiB, {notes['precision']}"),
         ("takes", f"{batch}, {notes['image_size'][0]} x {notes['image_size'][1]} pixels"),

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import click
 
 from hesper.cli.bench import bench
+from hesper.cli.compare import compare
 from hesper.cli.demo import demo
 from hesper.cli.doctor import doctor
 from hesper.cli.eval import evaluate
@@ -86,5 +87,5 @@ def main(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for verb in (demo, prune, evaluate, bench, export, show, report, doctor):
+for verb in (demo, prune, evaluate, bench, compare, export, show, report, doctor):
     main.add_command(verb)

@@ -14,12 +14,13 @@ import numpy as np
 from hesper.errors import UsageError
 from hesper.heart.gallery import Gallery, load_gallery
 from hesper.plan import Plan, plan_hash
+from hesper.report.devices import BenchFacts, benches_of
 from hesper.report.patches import fits
+from hesper.report.reading import Matrix, column, matrix, number, table
 from hesper.runs import Entry, open_run
 
 __all__ = ["Heads", "Outcome", "PerImage", "RunFacts", "Skip", "TokenCounts", "collect", "command"]
 
-Matrix = tuple[tuple[float, ...], ...]
 DECIDED_ON = "calibration images that fitted nothing"
 
 
@@ -101,6 +102,7 @@ class RunFacts:
     dial: float | None
     skipped: tuple[Skip, ...]
     missing: tuple[str, ...]
+    benches: tuple[BenchFacts, ...] = ()
 
     @property
     def main(self) -> Outcome | None:
@@ -166,11 +168,11 @@ def _names(runs: Sequence[str | Path]) -> list[str]:
 def _facts(path: str | Path, name: str) -> RunFacts:
     run = open_run(path)
     first, anatomy = run.entries[0].results, run.plan.model.anatomy
-    atlas = _table(first.get("atlas"))
-    prices, heads = _matrix(atlas.get("tokens"), anatomy.grid[0] * anatomy.grid[1]), _matrix(atlas.get("heads"), anatomy.heads)
+    atlas = table(first.get("atlas"))
+    prices, heads = matrix(atlas.get("tokens"), anatomy.grid[0] * anatomy.grid[1]), matrix(atlas.get("heads"), anatomy.heads)
     gallery, why_not = _gallery(run.path, run.plan)
     outcomes = tuple(outcome for entry in run.entries if (outcome := _outcome(entry, anatomy.depth)) is not None)
-    images, dial, family, classes = atlas.get("images"), _number(first.get("dial")), first.get("family"), first.get("classes")
+    images, dial, family, classes = atlas.get("images"), number(first.get("dial")), first.get("family"), first.get("classes")
     named = isinstance(classes, list) and all(isinstance(item, str) for item in classes)
     missing = [] if why_not is None else [why_not]
     if not any(outcome.kind == "eval" for outcome in outcomes):
@@ -182,15 +184,16 @@ def _facts(path: str | Path, name: str) -> RunFacts:
         entries=run.entries,
         outcomes=outcomes,
         token_prices=prices if prices and len(prices) == anatomy.depth else None,
-        heads=Heads(heads, _matrix(atlas.get("heads_stderr"), anatomy.heads) or ()) if heads and len(heads) == anatomy.depth else None,
+        heads=Heads(heads, matrix(atlas.get("heads_stderr"), anatomy.heads) or ()) if heads and len(heads) == anatomy.depth else None,
         survey_images=images if isinstance(images, int) else None,
         gallery=gallery,
         classes=tuple(classes) if named and isinstance(classes, list) else (),
-        explained=_column(first.get("router_explained"), anatomy.depth),
+        explained=column(first.get("router_explained"), anatomy.depth),
         family=family if isinstance(family, str) else None,
         dial=dial,
         skipped=tuple(skip for entry in run.entries for skip in _skipped(entry)),
         missing=tuple(missing),
+        benches=benches_of(run.entries, name),
     )
 
 
@@ -209,54 +212,32 @@ def _gallery(folder: Path, plan: Plan) -> tuple[Gallery | None, str | None]:
 
 def _outcome(entry: Entry, depth: int) -> Outcome | None:
     """What an entry says about an evaluation of the plan, if it holds the four figures nothing can be said without."""
-    recorded = _table(entry.results.get("evaluation"))
-    figures = {name: number for name, value in recorded.items() if (number := _number(value)) is not None}
+    recorded = table(entry.results.get("evaluation"))
+    figures = {name: found for name, value in recorded.items() if (found := number(value)) is not None}
     if not figures.keys() >= {"n", "macs_ratio", "drift_kl", "agreement"} or figures["n"] < 1:
         return None
     if "dial" in entry.asked:  # of another place on the dial than the plan's
         return None
     data = entry.asked.get("data")
     where = data if isinstance(data, str) and entry.kind == "eval" else DECIDED_ON
-    per_image = _per_image(_table(entry.results.get("per_image")), figures)
-    return Outcome(entry.kind, entry.time, where, figures, per_image, _tokens(_table(entry.results.get("tokens")), depth))
+    per_image = _per_image(table(entry.results.get("per_image")), figures)
+    return Outcome(entry.kind, entry.time, where, figures, per_image, _tokens(table(entry.results.get("tokens")), depth))
 
 
 def _per_image(columns: Mapping[str, Any], figures: Mapping[str, float]) -> PerImage | None:
     n, dense = int(figures["n"]), figures.get("macs_dense", 0.0)
-    macs, drift, agreement = (_column(columns.get(name), n) for name in ("macs", "drift_kl", "agreement"))
+    macs, drift, agreement = (column(columns.get(name), n) for name in ("macs", "drift_kl", "agreement"))
     if macs is None or drift is None or agreement is None or dense <= 0:
         return None
     return PerImage(tuple(count / dense for count in macs), drift, agreement)
 
 
 def _tokens(columns: Mapping[str, Any], depth: int) -> TokenCounts | None:
-    mean, low, high = (_column(columns.get(name), depth) for name in ("mean", "min", "max"))
+    mean, low, high = (column(columns.get(name), depth) for name in ("mean", "min", "max"))
     return None if mean is None or low is None or high is None else TokenCounts(mean, low, high)
 
 
 def _skipped(entry: Entry) -> list[Skip]:
     listed = entry.results.get("skipped")
-    items = [_table(item) for item in listed] if isinstance(listed, list) else []
+    items = [table(item) for item in listed] if isinstance(listed, list) else []
     return [Skip(entry.kind, str(item["file"]), str(item.get("reason", "not said"))) for item in items if "file" in item]
-
-
-def _table(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
-
-
-def _column(value: Any, length: int) -> tuple[float, ...] | None:
-    if not isinstance(value, list) or len(value) != length or not value:
-        return None
-    numbers = tuple(number for item in value if (number := _number(item)) is not None)
-    return numbers if len(numbers) == length else None
-
-
-def _matrix(value: Any, width: int) -> Matrix | None:
-    if not isinstance(value, list):
-        return None
-    rows = tuple(row for item in value if (row := _column(item, width)) is not None)
-    return rows if rows and len(rows) == len(value) else None

@@ -16,6 +16,9 @@ from hesper.plan import Budget, HeadCut, HeadGate, TokenCut
 from hesper.report import charts, figures
 from hesper.report.charts import Chosen, Interval, Series
 from hesper.report.collect import Outcome, RunFacts, collect, command
+from hesper.report.device_charts import speedup_chart
+from hesper.report.devices import BenchFacts, bench_file
+from hesper.report.fronts import fronts_of
 from hesper.report.patches import Exhibit, exhibits
 from hesper.report.svg import Colours, colours
 from hesper.runs import write_bytes
@@ -51,11 +54,13 @@ class Pricing:
         return self.expected.mean / self.measured.mean if self.measured.mean > 0 else None
 
 
-def write_report(runs: Sequence[str | Path], out: str | Path) -> None:
+def write_report(runs: Sequence[str | Path], out: str | Path, benches: Sequence[str | Path] = ()) -> None:
     """Write one HTML file about one or several runs that needs no other file and no network; an earlier file is replaced.
 
+    ``benches`` are measurements of other devices: run folders, copied ``record.json`` files, or what ``hesper bench --json`` printed.
+
     Raises:
-        UsageError: no run, a run that is missing, damaged or changed, or a place that cannot be written.
+        UsageError: no run, a run that is missing, damaged or changed, no bench, or a place that cannot be written.
         JobError: the disk is full.
     """
     target = Path(out)
@@ -63,7 +68,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> None:
         raise UsageError(f"{out} is a folder; give --out the name of a file, such as {target / 'report.html'}")
     if not target.parent.is_dir():
         raise UsageError(f"the folder {target.parent} does not exist; make it, or give --out another place")
-    page = render(collect(runs))
+    page = render(collect(runs), [bench_file(where) for where in benches])
     try:
         # A file name that is no Unicode was recorded with lone surrogates, which UTF-8 cannot hold.
         write_bytes(target, page.encode("utf-8", "replace"))
@@ -74,8 +79,8 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> None:
         raise UsageError(f"{out} cannot be written ({reason}); give --out a place that can be") from error
 
 
-def render(runs: Sequence[RunFacts]) -> str:
-    """The page as text."""
+def render(runs: Sequence[RunFacts], elsewhere: Sequence[BenchFacts] = ()) -> str:
+    """The page as text; ``elsewhere`` are benches of other devices."""
     environment = Environment(
         loader=FunctionLoader(_shipped), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -84,7 +89,12 @@ def render(runs: Sequence[RunFacts]) -> str:
         environment.filters[name] = getattr(figures, name)
     views = [_view(facts, index) for index, facts in enumerate(runs)]
     template = environment.get_template("template.html.j2")
-    return template.render(runs=views, style=Markup(_shipped("style.css")), joint=_joint(runs))  # the style sheet is ours, not input
+    fronts = [(name, Markup(drawing)) for name, drawing in fronts_of(runs)]
+    measured = [bench for facts in runs for bench in facts.benches[-1:]] + list(elsewhere)
+    style = Markup(_shipped("style.css"))  # ours, not input
+    return template.render(
+        runs=views, style=style, joint=_joint(runs), fronts=fronts, benches=measured if elsewhere or len(runs) > 1 else []
+    )
 
 
 def _shipped(name: str) -> str:
@@ -107,6 +117,7 @@ def _view(facts: RunFacts, index: int) -> dict[str, Any]:
         "skipped": facts.skipped[:MOST_SKIPPED],
         "exhibits": [_exhibit(exhibit, facts.classes) for exhibit in _exhibits(facts, f"picture{index}")],
         "pricing": _pricing(facts),
+        "bench": facts.benches[-1] if facts.benches else None,
         **{name: None if drawing is None else Markup(drawing) for name, drawing in _drawings(facts).items()},
         "maps": [Markup(drawing) for drawing in _patch_maps(facts)],
     }
@@ -118,7 +129,7 @@ def _drawings(facts: RunFacts) -> dict[str, str | None]:
     tokens, images, pricing = main and main.tokens, main and main.per_image, _pricing(facts)
     removed = {(cut.block, head) for cut in facts.plan.heads for head in cut.remove}
     head_scale, token_scale = _scale(facts.heads.price if facts.heads else None), _scale(facts.token_prices)
-    drawn = bool(series.points or series.chosen)
+    drawn, bench = bool(series.points or series.chosen), facts.benches[-1] if facts.benches else None
     return {
         "tokens_chart": charts.tokens_chart(tokens.mean, tokens.low, tokens.high, facts.plan.model.anatomy.tokens) if tokens else None,
         "head_map": charts.head_map(facts.heads.price, facts.heads.stderr, removed, head_scale) if facts.heads and head_scale else None,
@@ -129,6 +140,7 @@ def _drawings(facts: RunFacts) -> dict[str, str | None]:
         "histogram": charts.histogram(images.kept, sum(images.kept) / len(images.kept)) if images else None,
         "scatter": charts.scatter(images.kept, images.drift, images.agreement) if images else None,
         "pricing_chart": charts.interval_chart([pricing.expected, pricing.measured], f"{pricing.what}, nats") if pricing else None,
+        "speedup_chart": speedup_chart(bench.rows) if bench and any(row.speedup for row in bench.rows) else None,
         "router_chart": charts.bar_chart(facts.explained, "explained variance, share", "Explained variance of the routers")
         if facts.explained
         else None,

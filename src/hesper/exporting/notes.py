@@ -24,9 +24,9 @@ SCHEMA = 1
 class Notes:
     """The notes of an exported file.
 
-    ``plan`` is the plan's hash, None for a dense model; ``macs`` the mean multiply-accumulates of an image, as verified;
-    ``largest_batch`` 1 where counts adapt to the image, None where any number of images goes; ``preprocessing`` is in the words of timm's
-    ``create_transform``.
+    ``plan`` is the plan's hash, None for a dense model; ``macs`` the mean multiply-accumulates of an image, as measured on real ones;
+    ``adaptive`` says whether counts adapt to the image; ``largest_batch`` is 1, or None where any number of images goes;
+    ``preprocessing`` is in the words of timm's ``create_transform``.
     """
 
     model: str
@@ -34,6 +34,7 @@ class Notes:
     precision: Precision
     macs: float
     macs_dense: float
+    adaptive: bool
     largest_batch: int | None
     classes: int
     image_size: tuple[int, int]
@@ -50,7 +51,7 @@ class Notes:
 
         Example:
             >>> scale = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-            >>> notes = Notes("vit_tiny_patch16_224", None, "fp32", 1e9, 1e9, None, 1000, (224, 224), scale)
+            >>> notes = Notes("vit_tiny_patch16_224", None, "fp32", 1e9, 1e9, False, None, 1000, (224, 224), scale)
             >>> Notes.loads(notes.dumps(), "vit.onnx").image_size
             (224, 224)
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -9,16 +10,18 @@ import torch
 from torch import Tensor
 
 from hesper.errors import JobError
+from hesper.exporting.quiet import innermost
 
 __all__ = ["Parity", "compare_logits"]
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Images compared, the largest difference between logits, the largest logit beside it, and the share of equal top-1 decisions."""
+    """Images compared, the largest difference between logits and that of the median image, the largest logit, equal top-1 decisions."""
 
     images: int
     max_error: float
+    median_error: float
     largest_logit: float
     agreement: float
 
@@ -40,26 +43,34 @@ def compare_logits(
         step: told how many images were compared.
 
     Raises:
-        JobError: a logit is not finite, or another number of logits came back.
+        JobError: a logit is not finite, another number of logits came back, or the file cannot be run.
 
     Example:
         >>> compare_logits(lambda x: x, lambda x: x + 0.5, [torch.tensor([[1.0, 2.0], [4.0, 3.0]])], 1)
-        Parity(images=2, max_error=0.5, largest_logit=4.0, agreement=1.0)
+        Parity(images=2, max_error=0.5, median_error=0.5, largest_logit=4.0, agreement=1.0)
     """
-    images, worst, largest, same = 0, 0.0, 0.0, 0
+    errors, largest, same = list[float](), 0.0, 0
     for batch in batches:
         with torch.inference_mode():
             expected = ours(batch).float()
         parts = torch.split(batch, largest_batch or len(batch))
-        found = torch.cat([theirs(part.contiguous()).float() for part in parts])
-        if found.shape != expected.shape or not bool(found.isfinite().all()):
-            raise JobError(
-                f"The exported file gave logits of shape {tuple(found.shape)}, or such as are not finite; the model's own differ."
-            )
-        images += len(batch)
-        worst = max(worst, float((found - expected).abs().max()))
+        try:
+            found = torch.cat([theirs(part.contiguous()).float() for part in parts])
+        except Exception as error:  # whatever a runtime raises
+            raise JobError(f"The exported file cannot be run: {innermost(error)}") from error
+        _check(expected, found)
+        errors += (found - expected).abs().amax(1).tolist()
         largest = max(largest, float(expected.abs().max()))
         same += int((found.argmax(1) == expected.argmax(1)).sum())
         if step is not None:
             step(len(batch))
-    return Parity(images, worst, largest, same / images)
+    return Parity(len(errors), max(errors), statistics.median(errors), largest, same / len(errors))
+
+
+def _check(expected: Tensor, found: Tensor) -> None:
+    if not bool(expected.isfinite().all()):
+        raise JobError("The model's own logits are not finite, so no file of it can be compared; look at its weights.")
+    if found.shape != expected.shape:
+        raise JobError(f"The exported file gave logits of shape {tuple(found.shape)} instead of {tuple(expected.shape)}.")
+    if not bool(found.isfinite().all()):
+        raise JobError("The exported file gave logits that are not finite; where it is in half precision, export with --precision fp32.")

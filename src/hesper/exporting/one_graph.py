@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hesper.errors import UsageError
-from hesper.export.matching import ascending, dearest_first, join, pick, ranks, ward_prices_lean
+from hesper.exporting.matching import ascending, dearest_first, join, pick, ranks, ward_prices_lean
 from hesper.graft import GraftedViT
 from hesper.graft.deciders import (
     LARGEST_LOG_CURVATURE,
@@ -89,6 +89,8 @@ class OneGraphViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[images, classes]``."""
+        if not self.fixed and images.shape[0] != 1:
+            raise UsageError("Where counts adapt to the image, a graph takes one image at a time; give them one by one.")
         like = next(self.cut.network.parameters()).dtype
         return self._run(images.to(like)).to(images.dtype)
 
@@ -120,7 +122,7 @@ class OneGraphViT(nn.Module):
         log_size = self._log_size(index, tokens)
         mixed, mass = _attend(projected, log_size, block.scale)
         tokens = replace(tokens, rows=tokens.rows + block.merge_heads(mixed))
-        if str(index) in self.cut.deciders:
+        if str(index) in self.cut.deciders and cast(Any, self.cut.deciders[str(index)]).cut.remove != 0:
             decider = self.cut.deciders[str(index)]
             attention = None
             if cast(Any, decider).reads_attention:
@@ -173,6 +175,8 @@ class OneGraphViT(nn.Module):
         sums = torch.cat([rows, *length, *averaged, one], -1)
         sums = torch.cat([sums, one], -1) if size is None else torch.cat([sums[..., :-1] * size[..., None], one, size[..., None]], -1)
         for number in range(rounds):
+            if cut.remove is not None and share(cut.remove, number, rounds) == 0:
+                break
             if log_weight is None:
                 price, to = similarity_prices(points)
             else:
@@ -195,18 +199,18 @@ class OneGraphViT(nn.Module):
         embedded = None if tokens.place is None or place is None else torch.cat([tokens.place[:, :prefix], place], 1)
         return Tokens(left_rows, torch.cat([first, size], 1), embedded)
 
-    def _staying(self, cut: TokenCut, price: Tensor, number: int, rounds: int, tokens: int) -> int:
-        """How many candidates stay: known, or for one image as its prices say."""
+    def _staying(self, cut: TokenCut, price: Tensor, number: int, rounds: int, tokens: int, least: int = 0) -> int:
+        """How many candidates stay, ``least`` at least: known, or for one image as its prices say."""
         candidates = price.shape[1]
         if cut.remove is not None:
             return candidates - min(share(cut.remove, number, rounds), candidates)
         assert cut.threshold is not None
-        many = (price[0] < cut.threshold).sum()
+        many = (price[0] < cut.threshold).sum().clamp_max(candidates - least)
         over = many - tokens
         # The remainder by a floor: not every runtime has one of whole numbers.
         over = over - cut.multiple * torch.floor(over.to(torch.float32) / cut.multiple).to(torch.int64)
         stay = (candidates - many + torch.minimum(over, many)).item()
-        torch._check(stay >= 0)
+        torch._check(stay >= least)
         torch._check(stay <= candidates)
         return cast(int, stay)
 
@@ -221,7 +225,7 @@ class OneGraphViT(nn.Module):
             price = attention.exp().mean(-1) * size
         price = price[:, prefix:]
         dearest = dearest_first(price)
-        stay = self._staying(cut, price, 0, 1, tokens.rows.shape[1])
+        stay = self._staying(cut, price, 0, 1, tokens.rows.shape[1], least=1)  # pooling readers need one
         kept = ascending(dearest.narrow(1, 0, stay))
         lead = torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1)
         where = torch.cat([lead, kept + prefix], 1)
@@ -241,7 +245,7 @@ class OneGraphViT(nn.Module):
 def _attend(projected: Projected, log_size: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T + log size) v, ``[images, queries, heads * head_dim]``, and its logits ``[images, heads, queries, n]``."""
     query, key, value = (part.transpose(1, 2) for part in (projected.query, projected.key, projected.value))
-    logits = (query @ key.transpose(-2, -1)) * scale
+    logits = (query * scale) @ key.transpose(-2, -1)
     if log_size is not None:
         logits = logits + log_size.to(logits.dtype)
     return (logits.softmax(-1) @ value).transpose(1, 2).flatten(2), logits

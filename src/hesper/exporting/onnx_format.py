@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hesper.errors import JobError, UsageError
-from hesper.export.formats import Runner
-from hesper.export.notes import KEY, Notes
-from hesper.export.quiet import innermost, quietly
-from hesper.export.tensorrt import refused_by_tensorrt
+from hesper.exporting.formats import Runner
+from hesper.exporting.notes import KEY, Notes
+from hesper.exporting.one_graph import OneGraphViT
+from hesper.exporting.quiet import innermost, quietly
+from hesper.exporting.tensorrt import refused_by_tensorrt
 
 __all__ = ["ONNX"]
 
@@ -27,9 +28,10 @@ class Onnx:
 
     name = "onnx"
     suffix = ".onnx"
-    opset: int | None = 18
+    opset: int | None = 20
+    any_batch = True
 
-    def write(self, graph: nn.Module, example: Tensor, notes: Notes, opset: int | None, path: Path) -> dict[str, Any]:
+    def write(self, graph: OneGraphViT, example: Tensor, notes: Notes, opset: int | None, path: Path) -> dict[str, Any]:
         """Write the graph by torch's dynamo exporter; ``images`` in, ``logits`` out, weights inside."""
         _require("onnx", "onnxscript", "onnxruntime")
         wanted = opset or self.opset
@@ -54,7 +56,12 @@ class Onnx:
         model = program.model_proto
         model.producer_name = KEY
         model.metadata_props.add(key=KEY, value=notes.dumps())
-        path.write_bytes(model.SerializeToString())
+        try:
+            path.write_bytes(model.SerializeToString())
+        except (ValueError, RuntimeError) as error:
+            raise JobError(
+                "An ONNX file of one piece holds at most 2 GB, and the model is larger; give --precision fp16, or export to torch."
+            ) from error
         operators = Counter(node.op_type for node in model.graph.node)
         return {
             "opset": next(own.version for own in model.opset_import if not own.domain),

@@ -6,28 +6,30 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hesper.errors import JobError, UsageError
-from hesper.export.formats import Runner
-from hesper.export.notes import KEY, Notes
-from hesper.export.quiet import innermost, quietly
-from hesper.export.torch_format import exported
+from hesper.exporting.formats import Runner
+from hesper.exporting.notes import KEY, Notes
+from hesper.exporting.one_graph import OneGraphViT
+from hesper.exporting.quiet import innermost, quietly
+from hesper.exporting.torch_format import exported
 
 __all__ = ["EXECUTORCH"]
 
 
 class ExecuTorch:
-    """The format."""
+    """The format; its memory is planned for one image, since it would be planned for the largest batch there may be."""
 
     name = "executorch"
     suffix = ".pte"
     opset: int | None = None
+    any_batch = False
 
-    def write(self, graph: nn.Module, example: Tensor, notes: Notes, opset: int | None, path: Path) -> dict[str, Any]:
+    def write(self, graph: OneGraphViT, example: Tensor, notes: Notes, opset: int | None, path: Path) -> dict[str, Any]:
         """Write the graph, lowered to XNNPACK where that has the operators and to ExecuTorch's own otherwise."""
         _require()
-        if notes.largest_batch is not None:
+        if not graph.fixed:
             raise UsageError(
                 "ExecuTorch plans its memory beforehand, and this run's counts adapt to the image; prune with --counts fixed, or export to "
                 "onnx or torch."

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hesper.errors import UsageError
-from hesper.export.notes import Notes
+from hesper.exporting.notes import Notes
+from hesper.exporting.one_graph import OneGraphViT
 from hesper.registry import Registry
 
 __all__ = ["FORMATS", "Format", "Runner", "format_of"]
@@ -18,11 +19,15 @@ __all__ = ["FORMATS", "Format", "Runner", "format_of"]
 
 @dataclass(frozen=True, eq=False)
 class Runner:
-    """A file ready to run: ``run`` takes images ``[images, channels, height, width]`` in single precision and gives logits likewise."""
+    """A file ready to run: ``run`` takes images ``[images, channels, height, width]`` in single precision and gives logits likewise.
+
+    ``on_host`` says that it wants them in main memory, also where it runs on a device.
+    """
 
     run: Callable[[Tensor], Tensor]
     notes: Notes
     runtime: str
+    on_host: bool = True
 
 
 class Format(Protocol):
@@ -31,8 +36,9 @@ class Format(Protocol):
     name: str
     suffix: str
     opset: int | None
+    any_batch: bool
 
-    def write(self, graph: nn.Module, example: Tensor, notes: Notes, opset: int | None, path: Path) -> dict[str, Any]:
+    def write(self, graph: OneGraphViT, example: Tensor, notes: Notes, opset: int | None, path: Path) -> dict[str, Any]:
         """Write ``graph`` to ``path``; what is worth recording about the file, in plain values.
 
         ``example`` holds two images where any number may come later, else one.
@@ -47,9 +53,9 @@ class Format(Protocol):
 
 
 FORMATS: Registry[Format] = Registry("export format")
-FORMATS.add("onnx", "hesper.export.onnx_format:ONNX")
-FORMATS.add("torch", "hesper.export.torch_format:ARCHIVE")
-FORMATS.add("executorch", "hesper.export.executorch_format:EXECUTORCH")
+FORMATS.add("onnx", "hesper.exporting.onnx_format:ONNX")
+FORMATS.add("torch", "hesper.exporting.torch_format:ARCHIVE")
+FORMATS.add("executorch", "hesper.exporting.executorch_format:EXECUTORCH")
 
 SUFFIXES = {".onnx": "onnx", ".pt2": "torch", ".pte": "executorch"}
 

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.export.passes import move_to_device_pass
 
 from hesper.errors import JobError, UsageError
-from hesper.export.formats import Runner
-from hesper.export.notes import KEY, Notes
-from hesper.export.quiet import innermost, quietly
+from hesper.exporting.formats import Runner
+from hesper.exporting.notes import KEY, Notes
+from hesper.exporting.one_graph import OneGraphViT
+from hesper.exporting.quiet import innermost, quietly
 
 __all__ = ["ARCHIVE", "exported"]
 
@@ -22,12 +24,16 @@ class Archive:
     name = "torch"
     suffix = ".pt2"
     opset: int | None = None
+    any_batch = True
 
-    def write(self, graph: nn.Module, example: Tensor, notes: Notes, opset: int | None, path: Path) -> dict[str, Any]:
+    def write(self, graph: OneGraphViT, example: Tensor, notes: Notes, opset: int | None, path: Path) -> dict[str, Any]:
         """Write the graph that ``torch.export`` draws."""
         program = exported(graph, example, notes)
-        with quietly():
-            torch.export.save(program, path, extra_files={KEY: notes.dumps()})
+        try:
+            with quietly():
+                torch.export.save(program, path, extra_files={KEY: notes.dumps()})
+        except RuntimeError as error:  # its writer hides what the disk said
+            raise JobError(f"The archive cannot be written: {innermost(error)}") from error
         operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
         return {"operators": sorted(operators)}
 
@@ -42,11 +48,12 @@ class Archive:
         except Exception as error:
             raise UsageError(f"{path} is no torch.export archive that torch {torch.__version__} can read.") from error
         notes = Notes.loads(extra[KEY], path)
-        module = program.module().to(device)
-        return Runner(lambda images: module(images.to(device)), notes, f"torch {torch.__version__} (torch.export)")
+        if device != "cpu":  # places in the graph are constants of the device it was drawn on
+            program = move_to_device_pass(program, device)
+        return Runner(program.module(), notes, f"torch {torch.__version__} (torch.export)", on_host=False)
 
 
-def exported(graph: nn.Module, example: Tensor, notes: Notes) -> Any:
+def exported(graph: OneGraphViT, example: Tensor, notes: Notes) -> Any:
     """The ``ExportedProgram`` of a model; JobError where torch cannot draw one."""
     shapes = ({0: torch.export.Dim("batch", min=1, max=4096)},) if notes.largest_batch is None else None
     try:

@@ -9,9 +9,8 @@ import torch
 
 from families import FAMILIES, family, shots
 from hesper.errors import UsageError
-from hesper.export.one_graph import OneGraphViT
+from hesper.exporting.one_graph import OneGraphViT
 from hesper.graft import GraftedViT, graft
-from hesper.hosts import open_host
 from hesper.plan import HeadCut, HeadGate, TokenCut
 from vits import KINDS, READERS, REMOVABLE, cuts_of, gate_tables, learned_tables, pictures, plan_for, tables, vit
 
@@ -99,4 +98,30 @@ def test_what_no_graph_can_decide_is_refused_with_the_alternative() -> None:
     control = graft(model, plan_for(model, [TokenCut(1, "drop", remove=2)], "random"), tables(model))
     with pytest.raises(UsageError, match="'random' is a control"):
         OneGraphViT(control)
-    assert open_host(model).anatomy.depth == 4
+    adaptive = OneGraphViT(cut_of(model, "kl", "merge", threshold=1.0))
+    with pytest.raises(UsageError, match="one by one"):
+        adaptive(pictures(2))
+
+
+@pytest.mark.parametrize("multiple", [1, 3])
+@pytest.mark.parametrize("combine", ["drop", "merge"])
+@pytest.mark.parametrize("kind", ["plain", "pooled", "pooled_with_class"])
+def test_where_everything_would_go_the_dearest_stays(kind: str, combine: str, multiple: int) -> None:
+    double = torch.float64
+    cut = cut_of(vit(kind, double), "cls", combine, threshold=1e9, multiple=multiple)
+    check(cut, pictures(3, double), adaptive=True)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("remove", [0, 1])
+def test_cuts_of_nothing_of_one_and_of_the_last_block(remove: int, skip: bool) -> None:
+    double = torch.float64
+    model = vit("plain", double)
+    for cuts in (cuts_of("merge", [0, 3], remove=remove), cuts_of("merge", [1, 3], threshold=3.0, multiple=2)):
+        cut = graft(model, plan_for(model, cuts, "kl", [HeadCut(1, (2,))], skip), {**tables(model), **learned_tables(model)})
+        check(cut, pictures(3, double), adaptive=cuts[0].remove is None)
+
+
+def test_only_removed_heads() -> None:
+    model = vit("plain", torch.float64)
+    check(graft(model, plan_for(model, heads=[HeadCut(1, (0, 2))])), pictures(2, torch.float64), adaptive=False)
