@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 PROGRAM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 PATIENCE = 60.0  # seconds
@@ -23,8 +23,8 @@ FLAGS = (
 class Page:
     """One open page."""
 
-    def __init__(self, read: int, write: int) -> None:
-        self._out, self._in = os.fdopen(write, "wb"), os.fdopen(read, "rb")
+    def __init__(self, hear: IO[bytes], say: IO[bytes]) -> None:
+        self._out, self._in = say, hear
         self._number, self._session, self._rest = 0, "", b""
         self.said: list[dict[str, Any]] = []
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
@@ -99,8 +99,9 @@ def browser(folder: Path) -> Iterator[Page]:
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=wire, close_fds=False)
     os.close(to_read)
     os.close(from_write)
-    try:
-        yield Page(from_read, to_write)
-    finally:
-        process.kill()
-        process.wait()
+    with os.fdopen(to_write, "wb") as say, os.fdopen(from_read, "rb") as hear:
+        try:
+            yield Page(hear, say)
+        finally:
+            process.kill()
+            process.wait()

@@ -52,11 +52,12 @@ class Tegrastats:
 
     def read(self) -> Reading:
         """The next line's power, of every rail and of the whole; lines without rails are passed over."""
+        asked = time.monotonic()  # before the program starts, which may print while this thread waits for its turn
         if self._lines is None:
             self._lines = Lines([self._program, "--interval", str(INTERVAL)])
         arrived, watts = next(
             (at, {label: value / 1000 for label, value in found.items()})
-            for at, line in self._lines.since(time.monotonic())
+            for at, line in self._lines.since(asked)
             if (found := parse(line))
         )
         whole = total_watts(watts)
