@@ -56,9 +56,7 @@ class Tegrastats:
         if self._lines is None:
             self._lines = Lines([self._program, "--interval", str(INTERVAL)])
         arrived, watts = next(
-            (at, {label: value / 1000 for label, value in found.items()})
-            for at, line in self._lines.since(asked)
-            if (found := parse(line))
+            (at, {label: value / 1000 for label, value in found.items()}) for at, line in self._lines.since(asked) if (found := parse(line))
         )
         whole = total_watts(watts)
         if whole is None:
