@@ -11,7 +11,7 @@ import click
 from hesper.cli.failure import Failure
 from hesper.cli.options import as_json, example, file_path, with_device, with_json, with_weights
 from hesper.cli.progress import Stages
-from hesper.errors import HesperError
+from hesper.cli.recording import record
 
 __all__ = ["bench", "table"]
 
@@ -120,9 +120,7 @@ def bench(
             progress=stages,
         )
     figures = found.summary()
-    given = click.get_current_context().params
-    asked = {name: str(value) if isinstance(value, Path) else value for name, value in given.items() if name != "json_"}
-    _record(target, figures, asked)
+    record(target, figures, "The bench is done", _found(figures))
     nothing = not any(cell["models"] for cell in figures["cells"])
     if json_ or not nothing:
         click.echo(as_json(figures) if json_ else table(figures))
@@ -133,20 +131,10 @@ def bench(
         raise Failure("interrupted; the batch sizes that were finished are above, and in the record of a RUN")
 
 
-def _record(target: str, figures: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Add an entry to a run's record; where that fails, the error says the most important of what would have stood there."""
-    from hesper.runs import RECORD, Entry, append, environment, utc_now
-
-    if not Path(target).is_dir():
-        return
-    try:
-        append(Path(target) / RECORD, Entry("bench", utc_now(), asked, environment(), figures, {}))
-    except (HesperError, OSError) as error:
-        times = [(cell["batch_size"], each) for cell in figures["cells"] if (each := cell["models"].get("target"))]
-        found = ", ".join(f"{each['latency_ms']['p50']:.4g} ms for batches of {size}" for size, each in times)
-        raise Failure(
-            f"The bench is done, but {Path(target) / RECORD} could not take it ({str(error).rstrip('.')}); it found {found}"
-        ) from error
+def _found(figures: Mapping[str, Any]) -> str:
+    """The most important of the figures, in words."""
+    times = [(cell["batch_size"], each) for cell in figures["cells"] if (each := cell["models"].get("target"))]
+    return ", ".join(f"{each['latency_ms']['p50']:.4g} ms for batches of {size}" for size, each in times)
 
 
 def table(figures: Mapping[str, Any]) -> str:

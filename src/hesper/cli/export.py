@@ -8,10 +8,9 @@ from typing import Any
 
 import click
 
-from hesper.cli.failure import Failure
 from hesper.cli.options import as_json, example, file_path, with_json, with_weights
 from hesper.cli.progress import Stages
-from hesper.errors import HesperError
+from hesper.cli.recording import record
 
 __all__ = ["export", "table"]
 
@@ -69,22 +68,8 @@ def export(
             progress=stages,
         )
     figures = made.summary()
-    _record(target, figures, made.sha256)
+    record(target, figures, f"{made.path} is written", files={made.path.name: made.sha256})
     click.echo(as_json(figures) if json_ else table(figures))
-
-
-def _record(target: str, figures: dict[str, Any], sha256: str) -> None:
-    """Add an entry to a run's record."""
-    from hesper.runs import RECORD, Entry, append, environment, utc_now
-
-    if not Path(target).is_dir():
-        return
-    asked = {name: str(value) if isinstance(value, Path) else value for name, value in click.get_current_context().params.items()}
-    asked.pop("json_")
-    try:
-        append(Path(target) / RECORD, Entry("export", utc_now(), asked, environment(), figures, {Path(figures["path"]).name: sha256}))
-    except (HesperError, OSError) as error:
-        raise Failure(f"{figures['path']} is written, but {Path(target) / RECORD} could not take it ({str(error).rstrip('.')})") from error
 
 
 def table(figures: Mapping[str, Any]) -> str:
@@ -102,6 +87,9 @@ def table(figures: Mapping[str, Any]) -> str:
         refused = details["tensorrt_refuses"]
         rows += [
             ("opset", str(details["opset"])),
-            ("TensorRT", f"does not take {', '.join(refused)}" if refused else "takes every operator (by its list; not tried here)"),
+            (
+                "TensorRT",
+                f"may not take {', '.join(refused)}" if refused else "takes every operator (by the list of 10.15; not tried here)",
+            ),
         ]
     return "\n".join(f"{name:<10}{value}" for name, value in rows)

@@ -11,7 +11,7 @@ __all__ = ["operators", "refused_by_tensorrt"]
 
 @cache
 def operators() -> frozenset[str]:
-    """Operators that TensorRT 10 takes (onnx-tensorrt, docs/operators.md), without scatters.
+    """Operators that TensorRT takes by its list (onnx-tensorrt, docs/operators.md, TensorRT 10.15, opsets 9 to 24), without scatters.
 
     These have been silently wrong there (TensorRT issues 3750 and 4425).
 
@@ -22,7 +22,10 @@ def operators() -> frozenset[str]:
 
 
 def refused_by_tensorrt(model: Any) -> list[str]:
-    """What in an ONNX model TensorRT does not take: operators it lacks, and a TopK whose K is not constant."""
+    """What in an ONNX model TensorRT may not take: operators not on its list, and a TopK whose K is not constant.
+
+    The latter is ruled out by its list up to 8.4; that of 10.15 says nothing of it.
+    """
     constant = {own.name for own in model.graph.initializer} | {
         name for node in model.graph.node if node.op_type == "Constant" for name in node.output
     }

@@ -41,7 +41,7 @@ def ward_prices(points: Tensor, size: Tensor, weight: Tensor, gaps: Tensor | Non
         [[0, 2]]
     """
     # Dividing by sizes first leaves few passes over the pairs: |y_i - y_j|^2 (w_i / s_i + w_j / s_j) / (1 / s_i + 1 / s_j)^2.
-    inverse = torch.ones_like(size) / size  # which graphs for edge devices have, and a reciprocal not always
+    inverse = size.reciprocal()
     ratio = (weight * inverse).clamp_min(torch.finfo(weight.dtype).tiny)  # the infinity of a gap times zero is no price
     cost = alternate_distances(points, gaps)
     cost = cost.mul_(ratio[:, 1::2, None] + ratio[:, None, ::2]).div_((inverse[:, 1::2, None] + inverse[:, None, ::2]).square_())
