@@ -33,6 +33,7 @@ def test_a_run_is_measured_beside_its_dense_model(pruned: tuple[Path, Result], i
         data=images,
         threads=1,
         rounds=5,
+        processes=2,
         meter=f"replay:{power}",
         stretch_seconds=0.5,
         progress=lambda stage, *_: stages.add(stage),
@@ -41,22 +42,22 @@ def test_a_run_is_measured_beside_its_dense_model(pruned: tuple[Path, Result], i
     assert cell.threads == 1
     assert (cell.ending, cell.reason, cell.batch_size) == ("done", None, 2) and cell.warmup_rounds >= 10
     comparison = cell.compare()
-    assert comparison is not None and 0 < comparison.low <= comparison.ratio <= comparison.high
+    assert comparison is not None and comparison.processes == 2 and 0 < comparison.low <= comparison.ratio <= comparison.high
     target, dense = cell.series["target"], cell.series["baseline"]
     assert 0.5 < target.macs / dense.macs < 0.9
     for series in (target, dense):
-        assert len(series.seconds) == 5 and series.latency.p50 > 0 and series.device_bytes is None
+        assert [len(process) for process in series.processes] == [5, 5] and series.latency.p50 > 0 and series.device_bytes is None
         assert series.host_bytes is not None and series.host_bytes > 50e6
         total, net, reason = series.joules_per_image
         seconds = sum(each.joules for each in series.energies if each.joules is not None) / 7
-        assert reason is None and len(series.energies) == 3 and 1.5 < seconds < 6
+        assert reason is None and len(series.energies) == 4 and 1.5 < seconds < 8
         assert total == pytest.approx(7 * seconds / sum(series.images)) and net == pytest.approx(0, abs=1e-6)
     assert found.meter == "replay (as recorded)" and found.baseline == f"the dense model of {pruned[0]}"
-    assert {"Time batches of 2", "Measure energy", "Measure memory"} <= stages
+    assert {"Time batches of 2, 2 processes", "Warm up, batches of 2", "Measure memory"} <= stages
 
 
 def test_without_a_meter_it_runs_and_says_so(weights: Path) -> None:
-    found = hesper.bench(NAME, weights=weights, batch_sizes=(1,), threads=1, rounds=3, meter="none")
+    found = hesper.bench(NAME, weights=weights, batch_sizes=(1,), threads=1, rounds=3, processes=1, meter="none")
     (cell,) = found.cells
     assert cell.ending == "done" and set(cell.series) == {"target"} and cell.compare() is None
     assert found.meter is None and "none was asked for" in found.meter_reason
@@ -64,7 +65,7 @@ def test_without_a_meter_it_runs_and_says_so(weights: Path) -> None:
 
 
 def test_a_lack_of_memory_is_a_result_and_larger_batches_are_not_tried(weights: Path) -> None:
-    found = hesper.bench(NAME, weights=weights, batch_sizes=(10**8, 10**9), threads=1, rounds=3, meter="none")
+    found = hesper.bench(NAME, weights=weights, batch_sizes=(10**8, 10**9), threads=1, rounds=3, processes=1, meter="none")
     first, second = found.cells
     assert first.ending == second.ending == "out of memory" and first.series == {}
     assert second.reason == f"not tried: {10**8} images did not fit"
@@ -85,13 +86,32 @@ def test_a_lack_of_memory_is_a_result_and_larger_batches_are_not_tried(weights: 
 def test_however_a_process_ends_it_is_told(weights: Path, monkeypatch: pytest.MonkeyPatch, script: str, ending: str, reason: str) -> None:
     monkeypatch.setattr(launch, "COMMAND", (sys.executable, "-c", script))
     monkeypatch.setattr(launch, "GRACE", 1.0)
-    found = hesper.bench(NAME, weights=weights, rounds=3, meter="none", timeout=3.0)
+    found = hesper.bench(NAME, weights=weights, rounds=3, processes=2, meter="none", timeout=3.0)
     (cell,) = found.cells
     assert cell.ending == ending and cell.reason is not None and reason in cell.reason and cell.series == {}
 
 
+def test_what_a_later_process_fails_in_loses_nothing(weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    mark = tmp_path / "second"  # the second process that starts, and every one after it, kills itself
+    script = f"""
+import os, pathlib, sys
+mark = pathlib.Path({str(mark)!r})
+if mark.exists():
+    os.kill(os.getpid(), 9)
+mark.touch()
+{launch.START}
+"""
+    monkeypatch.setattr(launch, "COMMAND", (sys.executable, "-c", script))
+    found = hesper.bench(NAME, weights=weights, threads=1, rounds=4, processes=3, meter="none")
+    (cell,) = found.cells
+    (series,) = cell.series.values()
+    assert cell.ending == "crashed" and cell.reason is not None and "after times were taken" in cell.reason
+    assert [len(process) for process in series.processes] == [4] and series.host_bytes is None
+    assert series.no_memory_because is not None and "out of memory" in series.no_memory_because
+
+
 def test_wrong_requests_are_refused(tmp_path: Path, weights: Path, pruned: tuple[Path, Result]) -> None:
-    for wrong in ({"rounds": 2}, {"batch_sizes": (0,)}, {"stretch_seconds": 0.0}):
+    for wrong in ({"rounds": 2}, {"processes": 0}, {"batch_sizes": (0,)}, {"stretch_seconds": 0.0}):
         with pytest.raises(UsageError, match="A bench needs"):
             hesper.bench(NAME, weights=weights, **wrong)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no run folder"):

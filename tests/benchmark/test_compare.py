@@ -13,11 +13,12 @@ from hesper.benchmark.compare import compare_benches, read_bench
 from hesper.runs import Entry, append
 
 
-def bench_of(scale: float = 1.0, cpu: str = "A57", seed: int = 0, **more: Any) -> dict[str, Any]:
-    """A bench of one batch size whose times spread by a twentieth around ``scale`` milliseconds."""
+def bench_of(scale: float = 1.0, cpu: str = "A57", seed: int = 0, processes: int = 5, **more: Any) -> dict[str, Any]:
+    """A bench of one batch size, around ``scale`` milliseconds: calls spread by a twentieth and processes by a fiftieth."""
     rng = np.random.default_rng(seed)
-    times = (scale * (1 + 0.05 * rng.standard_normal(60)) / 1000).tolist()
-    models = {"target": {"seconds": times, "joules_per_image": None}, "baseline": {"seconds": [2 * t for t in times]}}
+    times = (scale * (1 + 0.02 * rng.standard_normal((processes, 1))) * (1 + 0.05 * rng.standard_normal((processes, 60))) / 1000).tolist()
+    slow = [[2 * t for t in process] for process in times]
+    models = {"target": {"seconds": times, "joules_per_image": None}, "baseline": {"seconds": slow}}
     cell = {"batch_size": 8, "threads": 2, "models": models, "speedup": {"ratio": 2.0, "low": 1.9, "high": 2.1}}
     machine = {"fixed": {"cpu": cpu, "torch": "2.6"}, "before": {}, "after": {}}
     return {"device": "cpu", "target": "run", "baseline": None, "meter": None, "warnings": [], "machine": machine, "cells": [cell], **more}
@@ -68,7 +69,7 @@ def test_the_last_bench_of_a_record_is_taken(tmp_path: Path) -> None:
 def test_what_is_no_bench_is_refused(tmp_path: Path) -> None:
     good = written(tmp_path / "good", bench_of())
     broken = copy.deepcopy(bench_of())
-    broken["cells"][0]["models"]["target"]["seconds"] = [0.0]
+    broken["cells"][0]["models"]["target"]["seconds"] = [[0.0]]
     record = tmp_path / "run" / "record.json"
     record.parent.mkdir()
     append(record, Entry("eval", "2026-01-31T12:00:00+00:00"))
@@ -91,4 +92,18 @@ def test_what_is_no_bench_is_refused(tmp_path: Path) -> None:
 def test_two_takes_of_one_thing_agree(seed: int, tmp_path: Path) -> None:
     files = [written(tmp_path / str(place), bench_of(seed=10 * seed + place)) for place in range(2)]
     (row, _) = compare_benches(*(read_bench(file) for file in files)).rows
-    assert 0.97 < row.ratio < 1.03
+    assert 0.93 < row.ratio < 1.07
+
+
+def test_one_process_is_compared_by_its_calls_and_a_warning_says_what_they_do_not_know(tmp_path: Path) -> None:
+    files = [written(tmp_path / str(scale), bench_of(scale, processes=1)) for scale in (1.0, 2.0)]
+    found = compare_benches(*(read_bench(file) for file in files))
+    assert all(row.low < 2 < row.high and row.high / row.low < 1.2 for row in found.rows)
+    assert any("single process" in warning for warning in found.warnings)
+
+
+@pytest.mark.parametrize("seconds", [[], [[]], [[0.1], []], [0.1, 0.2], [[0.1, float("nan")]], "fast"])
+def test_times_that_are_none_are_refused(tmp_path: Path, seconds: object) -> None:
+    broken = bench_of()
+    broken["cells"][0]["models"]["target"]["seconds"] = seconds
+    assert "holds no bench" in sentence(hesper("compare", written(tmp_path, broken), written(tmp_path / "b", bench_of())), 2)

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hesper.errors import UsageError
 from hesper.measure.fingerprint import Fingerprint, differences
+from hesper.measure.processes import ratio_apart
 from hesper.runs import RECORD, read
 
 __all__ = ["Compared", "Row", "compare_benches", "read_bench"]
-
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -102,29 +102,33 @@ def _checked_bench(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked(cell: Mapping[str, Any]) -> dict[str, Any]:
-    """A cell with the times of every model as arrays; ValueError where one is none."""
+    """A cell with the times of every model as arrays, process by process; ValueError where one is none."""
     gain = cell.get("speedup")
     if gain is not None and not all(math.isfinite(gain[name]) for name in ("ratio", "low", "high")):
         raise ValueError("a speed-up is no number")
     if not all(each.get("joules_per_image") is None or math.isfinite(each["joules_per_image"]) for each in cell["models"].values()):
         raise ValueError("joules are no number")
-    models = {name: {**each, "seconds": np.asarray(each["seconds"], dtype=np.float64)} for name, each in cell["models"].items()}
-    for each in models.values():
-        if each["seconds"].ndim != 1 or not len(each["seconds"]) or not ((each["seconds"] > 0) & np.isfinite(each["seconds"])).all():
-            raise ValueError("no times")
+    models = {name: {**each, "seconds": [_times(process) for process in each["seconds"]]} for name, each in cell["models"].items()}
+    if not all(each["seconds"] for each in models.values()):
+        raise ValueError("no times")
     return {**cell, "batch_size": int(cell["batch_size"]), "models": models}
 
 
+def _times(process: Sequence[float]) -> NDArray[np.float64]:
+    seconds = np.asarray(process, dtype=np.float64)
+    if seconds.ndim != 1 or not len(seconds) or not ((seconds > 0) & np.isfinite(seconds)).all():
+        raise ValueError("no times")
+    return seconds
+
+
 def _row(one: Mapping[str, Any], other: Mapping[str, Any], name: str, seed: int) -> Row:
-    rng = np.random.default_rng(seed)
     taken = [cell["models"][name]["seconds"] for cell in (one, other)]
-    before, after = (float(np.median(seconds)) for seconds in taken)
-    drawn = [np.median(rng.choice(seconds, (RESAMPLES, len(seconds))), axis=1) for seconds in taken]
-    low, high = (float(value) for value in np.percentile(drawn[1] / drawn[0], [2.5, 97.5]))
+    found = ratio_apart(taken[1], taken[0], seed)
+    before, after = (1000 * float(np.median(np.concatenate(seconds))) for seconds in taken)
     gains = [cell.get("speedup") for cell in (one, other)]
     both = tuple((gain["ratio"], gain["low"], gain["high"]) for gain in gains) if name == "target" and all(gains) else None  # type: ignore[index]
     joules = tuple(cell["models"][name].get("joules_per_image") for cell in (one, other))
-    return Row(one["batch_size"], name, (1000 * before, 1000 * after), after / before, low, high, both, joules)  # type: ignore[arg-type]
+    return Row(one["batch_size"], name, (before, after), found.ratio, found.low, found.high, both, joules)  # type: ignore[arg-type]
 
 
 def _warnings(
@@ -139,6 +143,8 @@ def _warnings(
     for one, other in pairs:
         if one.get("threads") != other.get("threads"):
             said.append(f"not as many threads for batches of {one['batch_size']}: {one.get('threads')} and {other.get('threads')}")
+    if any(len(each["seconds"]) == 1 for pair in pairs for cell in pair for each in cell["models"].values()):
+        said.append("times of a single process, whose intervals know nothing of how processes differ; bench with more --processes")
     for place, each in (("first", first), ("second", second)):
         said += [f"the {place} said: {warning}" for warning in each.get("warnings", ())]
     return said

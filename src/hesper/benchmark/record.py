@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from hesper.measure.fingerprint import Fingerprint, warnings_between
 from hesper.measure.latency import Latency, latency
-from hesper.measure.timing import Comparison, Turns
+from hesper.measure.processes import Ratio, ratio_in_turns
 from hesper.meters import Energy
 
 __all__ = ["Bench", "Cell", "Ending", "Series"]
@@ -20,11 +21,12 @@ Ending = Literal["done", "out of memory", "crashed", "timed out", "refused", "in
 class Series:
     """One model at one batch size.
 
-    ``seconds`` of each timed call, in order; ``macs`` an image, a mean; peaks of memory in bytes, loading included, or why there are
-    none; ``energies`` of stretches without a pause and ``images`` that ran in each; ``runtime`` is what ran it.
+    ``processes`` has the seconds of each timed call of every process, in order; ``macs`` an image, a mean; peaks of memory in bytes,
+    loading included, or why there are none; ``energies`` of stretches without a pause and ``images`` that ran in each; ``runtime`` is what
+    ran it.
     """
 
-    seconds: tuple[float, ...]
+    processes: tuple[tuple[float, ...], ...]
     macs: float
     host_bytes: int | None = None
     device_bytes: int | None = None
@@ -32,6 +34,11 @@ class Series:
     images: tuple[int, ...] = ()
     no_memory_because: str | None = None
     runtime: str | None = None
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        """Of each timed call, whichever process it was in."""
+        return tuple(each for process in self.processes for each in process)
 
     @property
     def latency(self) -> Latency:
@@ -72,11 +79,11 @@ class Cell:
     idle_watts: float | None = None
     no_idle_because: str | None = None
 
-    def compare(self) -> Comparison | None:
-        """How many times faster the target was than the baseline, with its bootstrap interval; None without both."""
+    def compare(self) -> Ratio | None:
+        """How many times faster the target was than the baseline, with its interval; None without both."""
         if set(self.series) != {"target", "baseline"}:
             return None
-        return Turns({name: each.seconds for name, each in self.series.items()}).compare("baseline", "target")
+        return ratio_in_turns(self.series["baseline"].processes, self.series["target"].processes)
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ def _restless(cell: Cell) -> bool:
 
 def _cell(cell: Cell) -> dict[str, Any]:
     compared = cell.compare()
-    speedup = None if compared is None else {"ratio": compared.ratio, "low": compared.low, "high": compared.high}
+    speedup = None if compared is None else dataclasses.asdict(compared)
     return {
         "batch_size": cell.batch_size,
         "ending": cell.ending,
@@ -153,7 +160,7 @@ def _series(series: Series, batch_size: int) -> dict[str, Any]:
         "joules_per_image": total,
         "net_joules_per_image": net,
         "no_energy_because": reason,
-        "seconds": list(series.seconds),
+        "seconds": [list(process) for process in series.processes],
         "stretches": [
             {"images": count, **{name: getattr(each, name) for name in ("joules", "net_joules", "watts", "readings", "reason")}}
             for each, count in zip(series.energies, series.images, strict=True)

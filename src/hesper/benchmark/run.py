@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hesper.benchmark.launch import Progress, cell
+from hesper.benchmark.cell import Progress, cell
 from hesper.benchmark.record import Bench, Cell
 from hesper.benchmark.request import BASELINE, TARGET, Request, Subject
 from hesper.device import use_device
@@ -19,7 +19,6 @@ from hesper.runs import open_run
 __all__ = ["bench", "subject_of"]
 
 NONE = "none"
-STRETCHES = 3
 
 
 def bench(
@@ -33,13 +32,14 @@ def bench(
     provider: str | None = None,
     device: str = "cpu",
     threads: int | None = None,
-    rounds: int = 30,
+    rounds: int = 10,
+    processes: int = 5,
     meter: str = "auto",
     stretch_seconds: float = 5.0,
     timeout: float = 1800.0,
     progress: Progress | None = None,
 ) -> Bench:
-    """Time a run folder or a dense model beside a baseline, batch size by batch size, each in a process of its own.
+    """Time a run folder or a dense model beside a baseline, batch size by batch size, in processes of their own.
 
     Args:
         target: a run folder, a dense model by its name, or a file that :func:`hesper.exporting.export` wrote.
@@ -51,9 +51,10 @@ def bench(
         provider: "cpu", "cuda" or "tensorrt": which execution provider of ONNX Runtime runs ``.onnx`` files; None for the device's own.
         device: "cpu" or "cuda".
         threads: of the processor; None leaves torch's choice.
-        rounds: timed calls of each model, in turns.
+        rounds: timed calls of each model in each process, in turns.
+        processes: that take times, one after the other, at every batch size: each is one sample of how fast the models are.
         meter: an energy meter's name, "auto" or "none".
-        stretch_seconds: how long a model runs without a pause for its energy, three times.
+        stretch_seconds: how long a model runs without a pause for its energy, once in each process and at least three times.
         timeout: seconds after which a batch size is given up.
         progress: told (stage, done, total).
 
@@ -62,8 +63,10 @@ def bench(
         JobError: pretrained weights cannot be had.
     """
     use_device(device)
-    if rounds < 3 or stretch_seconds <= 0 or timeout <= 0 or not batch_sizes or min(batch_sizes) < 1:
-        raise UsageError("A bench needs batches of at least 1 image, at least 3 rounds, and stretches and a time limit above 0 s.")
+    if rounds < 3 or processes < 1 or stretch_seconds <= 0 or timeout <= 0 or not batch_sizes or min(batch_sizes) < 1:
+        raise UsageError(
+            "A bench needs batches of at least 1 image, at least 3 rounds in 1 process, and stretches and a time limit above 0 s."
+        )
     subjects = {TARGET: subject_of(target, weights, provider)}
     beside = _baseline(subjects[TARGET], baseline, baseline_weights, provider)
     if beside is not None:
@@ -74,8 +77,8 @@ def bench(
     with usable(meter, card=_card() if device == "cuda" else None) as (read, reason):
         for size in sorted(set(batch_sizes)):
             where = None if data is None else str(data)
-            request = Request(subjects, size, where, device, threads, rounds, STRETCHES, stretch_seconds, "time")
-            cells.append(_one(request, cells, read, timeout, progress))
+            request = Request(subjects, size, where, device, threads, rounds, 0, stretch_seconds, "time")
+            cells.append(_one(request, processes, cells, read, timeout, progress))
             if cells[-1].ending == "interrupted":
                 break
         named = None if read is None else f"{read.name} ({read.scope})"
@@ -84,14 +87,14 @@ def bench(
     return Bench(*words, *kinds, device, named, reason, before, fingerprint(), tuple(cells))
 
 
-def _one(request: Request, before: Sequence[Cell], meter: Meter | None, timeout: float, progress: Progress | None) -> Cell:
+def _one(request: Request, processes: int, before: Sequence[Cell], meter: Meter | None, timeout: float, progress: Progress | None) -> Cell:
     """One batch size; once another is finished, what goes wrong is a result like any other, so that nothing measured is lost."""
     size = request.batch_size
     if before and before[-1].ending == "out of memory":
         smaller = next(each.batch_size for each in before if each.ending == "out of memory")
         return Cell(size, "out of memory", f"not tried: {smaller} images did not fit", 0, False, {})
     try:
-        return cell(request, meter, timeout, progress)
+        return cell(request, processes, meter, timeout, progress)
     except HesperError as error:
         if not any(each.series for each in before):
             raise

@@ -58,7 +58,17 @@ class Sizes(click.ParamType):  # type: ignore[type-arg]  # generic in newer rele
 )
 @with_device
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Of the processor; torch's choice if not given.")
-@click.option("--rounds", type=click.IntRange(3), default=30, show_default=True, metavar="N", help="Timed calls of each model.")
+@click.option(
+    "--rounds", type=click.IntRange(3), default=10, show_default=True, metavar="N", help="Timed calls of each model in a process."
+)
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    metavar="N",
+    help="That take times, one after the other: each is one sample, as memory's place alone moves a model by a tenth.",
+)
 @click.option(
     "--meter", default="auto", show_default=True, metavar="NAME", help="Energy meter (hesper doctor lists them), replay:FILE, auto or none."
 )
@@ -68,7 +78,7 @@ class Sizes(click.ParamType):  # type: ignore[type-arg]  # generic in newer rele
     default=5.0,
     show_default=True,
     metavar="S",
-    help="How long a model runs without a pause for its energy, three times.",
+    help="How long a model runs without a pause for its energy, in each process and at least three times.",
 )
 @click.option(
     "--timeout",
@@ -90,6 +100,7 @@ def bench(
     device: str,
     threads: int | None,
     rounds: int,
+    processes: int,
     meter: str,
     energy_seconds: float,
     timeout: float,
@@ -97,7 +108,8 @@ def bench(
 ) -> None:
     """Time RUN, a dense MODEL by its name, or an exported FILE on this device, in turns with a baseline, batch size by batch size.
 
-    Each batch size runs in a process of its own, so that a crash or a lack of memory is a result. A run's record gets an entry.
+    Every batch size runs in processes of its own: a crash or a lack of memory is a result, and the interval of a speed-up says how far
+    processes differ. A run's record gets an entry.
     """
     with Stages() as stages:
         stages("Look at this machine", 0, 0)
@@ -114,6 +126,7 @@ def bench(
             device=device,
             threads=threads,
             rounds=rounds,
+            processes=processes,
             meter=meter,
             stretch_seconds=energy_seconds,
             timeout=timeout,
@@ -153,6 +166,8 @@ def table(figures: Mapping[str, Any]) -> str:
         f"runtime   {runtime}"
         for runtime in sorted({str(each["runtime"]) for cell in figures["cells"] for each in cell["models"].values()})
     ]
+    if any(len(each["seconds"]) == 1 for cell in figures["cells"] for each in cell["models"].values()):
+        lines.append("note      intervals are of calls in one process; how far processes differ, as they do, is seen with more --processes")
     lines += [f"warning   {warning}" for warning in figures["warnings"]]
     return "\n".join(lines)
 
