@@ -77,7 +77,7 @@ class Population:
             at = self.place(plan.dial)
             nothing = np.ones((len(sample), 1), dtype=np.int64)
             macs = self.macs_at(plan.dial)[sample]
-            columns = (self.drift[at, sample], self.agreement[at, sample], macs, nothing, self.macs_dense)
+            columns = (self.drift[at, sample], self.agreement[at, sample], macs, nothing, nothing, self.macs_dense)
             return Evaluation(*columns, None, None, None, None, None, 0.0)
 
         return measured

@@ -15,6 +15,7 @@ from hesper.plan import (
     HeadGate,
     Measured,
     ModelRef,
+    OnDevice,
     OperatingPoint,
     Plan,
     Pricing,
@@ -37,6 +38,7 @@ EXAMPLE_PLAN = Plan(
     provenance=Provenance("0.1.0", "2.15.0", "1.0.31", 0, "cd" * 32, 200, 300, "2026-01-01T00:00:00+00:00"),
     dial=0.001,
     gates=(HeadGate(4, 0.0002), HeadGate(5, 0.0002)),
+    device=OnDevice("A78", 8, 4, "of the dense model's time", 0.71, 0.7, 0.69, 0.66, 0.72, 5),
 )
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -66,7 +68,17 @@ anatomies = st.builds(
 budgets = st.one_of(
     st.builds(Budget, kind=st.just("macs"), value=st.floats(0.01, 1), confidence=st.floats(0.01, 0.99)),
     st.builds(Budget, kind=st.just("loss"), value=st.floats(1e-9, 1e3), confidence=st.floats(0.01, 0.99)),
+    st.builds(Budget, kind=st.sampled_from(["latency", "energy"]), value=st.floats(0.01, 1), confidence=st.floats(0.01, 0.99)),
+    st.builds(Budget, kind=st.just("latency_ms"), value=st.floats(1e-3, 1e6), confidence=st.floats(0.01, 0.99)),
     st.builds(Budget, kind=st.just("disagreement"), value=st.floats(1e-9, 0.999), confidence=st.floats(0.01, 0.99)),
+)
+on_devices = st.builds(
+    lambda words, batch, threads, processes, unit, foretold, expected, low, more, most: OnDevice(
+        words, batch, threads, unit, foretold, expected, low + more, low, low + more + most, processes
+    ),
+    *(words, counts, counts, counts, words),
+    *[st.floats(1e-6, 1e3)] * 3,
+    *[st.floats(0, 1e3)] * 2,
 )
 measurements = st.builds(Measured, macs=estimates, drift_kl=estimates, agreement=estimates, statement=words)
 points = st.builds(OperatingPoint, dial=numbers, macs=amounts, drift_kl=numbers, agreement=shares, n=counts, verified=st.booleans())
@@ -117,4 +129,5 @@ def plans(draw: st.DrawFn) -> Plan:
         provenance=draw(provenances),
         dial=draw(st.none() | st.floats(1e-9, 1e3)) if priced else None,
         gates=gates,
+        device=draw(st.none() | on_devices),
     )

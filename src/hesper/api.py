@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hesper.artefact import load_cut, open_dense, save_model
+from hesper.benchmark.this_device import ThisDevice, find_this_device
 from hesper.data import ImageSet, Skipped, batches, check_labels, open_images, read_class_map, require_readable
 from hesper.device import use_device
 from hesper.errors import HesperError, JobError, UsageError
@@ -57,6 +58,7 @@ def prune(
     data: str | Path | None = None,
     labelled: bool | None = None,
     device: str = "cpu",
+    meter: str = "auto",
     asked: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
@@ -72,7 +74,8 @@ def prune(
         class_map: class names by label, one a line; without it the sorted class folders are the classes.
         data: images to evaluate the pruned model on afterwards; the record gets a second entry.
         labelled: whether to use the class folders of ``data`` as labels; None finds out.
-        device: where to compute, "cpu" or "cuda".
+        device: where to compute, "cpu" or "cuda"; what a budget on a device is about.
+        meter: that reads energy where the budget is one: a meter's name, or "auto".
         asked: what the user asked for, in their words, for the record; without it the arguments of this call.
         progress: told (stage, done, total).
         note: told, in a sentence, whether the work of an earlier process goes on.
@@ -100,7 +103,12 @@ def prune(
     judged = None if data is None else _images(data, opened, class_map, labelled)
     with work_beside(out, _request(opened, images, settings, device), team=crew, note=note) as work:
         moved = dataclasses.replace(images, device=device)
-        pruned = prune_model(_on(opened, device), moved, settings, progress, crew, work)
+        there = _on(opened, device)
+
+        def find(settings: Settings) -> ThisDevice:
+            return find_this_device(there, moved, str(calib), settings, device=device, meter=meter, progress=progress)
+
+        pruned = prune_model(there, moved, settings, progress, crew, work, find)
         cut = pruned.model.cpu()
         # Nobody goes on before the run is there.
         jointly(crew, lambda: _write_run(out, opened, images, pruned, asked) if crew.rank == 0 else None)
@@ -305,6 +313,7 @@ def _results(pruned: Pruned, images: ImageSet, skipped: Sequence[Skipped]) -> di
         "dial": pruned.chosen.dial,
         "improvements": {attempt.name: dataclasses.asdict(attempt) for attempt in pruned.chosen.attempts},
         "contenders": [dataclasses.asdict(contender) for contender in pruned.chosen.contenders],
+        "checks": [dataclasses.asdict(check) for check in pruned.checks],
         "classes": list(images.classes),
         "atlas": {
             "tokens": atlas.tokens.tolist(),

@@ -21,6 +21,11 @@ TINY = Anatomy(12, 192, 3, 64, 768, 197, 1, 1000, 768, (224, 224), (14, 14), Fal
 DENSE = 1_000_000
 
 
+def outcome(kl, agree, macs):
+    counts = np.ones((len(kl), 12), dtype=np.int64)
+    return Evaluation(kl, agree, macs, counts, counts, DENSE, None, None, None, None, None, 0.0)
+
+
 def family(name="plain", heads="none"):
     atlas = Atlas(torch.zeros(12, 196), torch.arange(36.0).view(12, 3), torch.zeros(12, 3), 8)
     blank = empty_plan("tiny", TINY)
@@ -39,7 +44,7 @@ def world(n, seed, drift=1.0, spread=0.05):
         kept = np.clip(1 / (1 + (dial / 1e-4) ** 0.25) + noise, 0.1, 1.0)
         kl = drift * hard * dial * 100
         agree = (rng.random(n) >= np.minimum(0.9, kl / 2)).astype(float)
-        return Evaluation(kl, agree, kept * DENSE, np.ones((n, 12), dtype=np.int64), DENSE, None, None, None, None, None, 0.0)
+        return outcome(kl, agree, kept * DENSE)
 
     return trial
 
@@ -186,7 +191,7 @@ def test_where_macs_fall_steeply_behind_a_plain_the_budget_is_nearly_spent():
             dial = plan.tokens[0].threshold
             kept = 1 - 0.28 / (1 + (dial / 1e-2) ** -10.0) + noise
             kl = rng.lognormal(0, 0.1, n) * dial
-            return Evaluation(kl, np.ones(n), kept * DENSE, np.ones((n, 12), dtype=np.int64), DENSE, None, None, None, None, None, 0.0)
+            return outcome(kl, np.ones(n), kept * DENSE)
 
         return trial
 
@@ -201,8 +206,7 @@ def test_a_cliff_in_the_macs_does_not_refuse_what_can_be_proven():
         def trial(plan):
             dial = plan.tokens[0].threshold
             kept = np.clip(0.63 - 0.03 * math.log(dial / 1e-4) - 0.06 * (dial > at) + noise - noise.mean(), 0.05, 1)
-            ones = np.ones((n, 12), dtype=np.int64)
-            return Evaluation(np.full(n, 100 * dial), np.ones(n), kept * DENSE, ones, DENSE, None, None, None, None, None, 0.0)
+            return outcome(np.full(n, 100 * dial), np.ones(n), kept * DENSE)
 
         return trial
 
@@ -346,9 +350,8 @@ def test_where_everything_that_can_go_may_go_milder_plans_are_still_proven():
     def trial(harm, n):
         def measured(plan):
             share = min(plan.tokens[0].threshold / 1e-4, 1.0)
-            ones = np.ones((n, 12), dtype=np.int64)
             macs = np.full(n, (1 - 0.7 * share**0.25) * DENSE)
-            return Evaluation(np.full(n, harm * share), np.ones(n), macs, ones, DENSE, None, None, None, None, None, 0.0)
+            return outcome(np.full(n, harm * share), np.ones(n), macs)
 
         return measured
 
@@ -389,7 +392,7 @@ class Population:
     def trial(self, images):
         def measured(plan):
             kl, agree, kept = self.outcome(plan.dial, images)
-            return Evaluation(kl, agree, kept * DENSE, np.ones((len(images), 12), dtype=np.int64), DENSE, None, None, None, None, None, 0.0)
+            return outcome(kl, agree, kept * DENSE)
 
         return measured
 

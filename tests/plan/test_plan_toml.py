@@ -48,7 +48,7 @@ def test_plans_hash_alike_exactly_when_they_are_equal(left: Plan, right: Plan) -
 
 def test_the_file_reads_in_the_order_people_ask() -> None:
     document = tomllib.loads(dumps(PLAN))
-    order = "schema schedule skip_unread dial model budget pricing expected_loss tokens heads gates measured points provenance"
+    order = "schema schedule skip_unread dial model budget pricing expected_loss tokens heads gates measured device points provenance"
     assert list(document) == order.split()
     assert document["tokens"][1] == {"block": 6, "combine": "drop", "remove": 20, "multiple": 1}
 
@@ -156,6 +156,12 @@ def test_a_text_that_says_it_wrong_is_refused(old: str, new: str, message: str) 
         ("budget", Budget("macs", 1.5, 0.95), "above 0 and be at most 1"),
         ("budget.value", -1.0, "the loss budget must be above 0"),
         ("budget", Budget("disagreement", 2.0, 0.95), "between 0 and 1"),
+        ("budget", Budget("latency", 1.2, 0.95), "the share of the dense model's time must lie above 0 and be at most 1"),
+        ("budget", Budget("energy", 0.0, 0.95), "the share of the dense model's energy must lie above 0"),
+        ("budget", Budget("latency_ms", 0.0, 0.95), "the latency must be above 0 ms"),
+        ("device.batch_size", 0, "device needs a batch_size, threads and processes of at least 1"),
+        ("device.low", 0.7, "device.measured must lie between low and high"),
+        ("device.foretold", 0.0, "all must be above 0"),
         ("budget.confidence", 1.0, "the confidence must lie between 0 and 1"),
         ("expected_loss.stderr", -1.0, "expected_loss has stderr -1.0"),
         ("measured.macs.n", 0, "measured.macs has stderr"),

@@ -16,7 +16,7 @@ from hesper.measure.fingerprint import fingerprint
 from hesper.meters import Meter, usable
 from hesper.runs import open_run
 
-__all__ = ["bench", "subject_of"]
+__all__ = ["bench", "card", "subject_of"]
 
 NONE = "none"
 
@@ -74,7 +74,7 @@ def bench(
     if provider is not None and not any(each.where.lower().endswith(".onnx") for each in subjects.values()):
         raise UsageError("--provider is ONNX Runtime's, and nothing here is an .onnx file; leave it out.")
     before, cells = fingerprint(), list[Cell]()
-    with usable(meter, card=_card() if device == "cuda" else None) as (read, reason):
+    with usable(meter, card=card() if device == "cuda" else None) as (read, reason):
         for size in sorted(set(batch_sizes)):
             where = None if data is None else str(data)
             request = Request(subjects, size, where, device, threads, rounds, 0, stretch_seconds, "time")
@@ -128,7 +128,7 @@ def subject_of(where: str | Path, weights: str | Path | None, provider: str | No
     return Subject("dense", str(where), None if weights is None else str(weights))
 
 
-def _card() -> str | int:
+def card() -> str | int:
     """The graphics card in use, by the name under which NVML knows it too."""
     import torch
 

@@ -21,7 +21,7 @@ from hesper.hosts.open import open_model, transform_of
 from hesper.plan import empty_plan
 from hesper.runs import open_run
 
-__all__ = ["Opened", "images_for", "open_subject"]
+__all__ = ["Opened", "images_for", "open_subject", "timed_images"]
 
 IMAGES = 64
 
@@ -132,12 +132,21 @@ def _mean_macs(cut: GraftedViT, images: Tensor) -> float:
 
 def _of_folder(transform: Transform, data: str, batch_size: int) -> Tensor:
     images = open_images(data, transform=transform, class_map=None, labelled=False)
-    wanted = min(len(images), max(IMAGES, 2 * batch_size))
-    spread = [place * len(images) // wanted for place in range(wanted)]
-    found = [batch.images for batch in batches(images, batch_size, indices=spread)]
+    found = [batch.images for batch in batches(images, batch_size, indices=timed_images(len(images), batch_size))]
     if not found:
         raise UsageError(f"No image of {data} can be decoded; give other images.")
     return torch.cat(found)
+
+
+def timed_images(images: int, batch_size: int) -> list[int]:
+    """Which of so many images are run in batches, evenly spread.
+
+    Example:
+        >>> timed_images(256, 1)[:3], len(timed_images(256, 100))
+        ([0, 4, 8], 200)
+    """
+    wanted = min(images, max(IMAGES, 2 * batch_size))
+    return [place * images // wanted for place in range(wanted)]
 
 
 def _of_gallery(opened: Opened) -> Tensor | None:

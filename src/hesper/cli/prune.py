@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,15 @@ if TYPE_CHECKING:
 
 __all__ = ["prune", "summary", "write_report_in"]
 
-BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-disagreement"}
+BLOCKS = ("every", "every-early", "alternate", "alternate-middle", "alternate-early", "third-middle", "third-early", "once-early")
+BUDGETS = {
+    "macs": "--macs",
+    "loss": "--loss-budget",
+    "disagreement": "--max-disagreement",
+    "latency": "--latency",
+    "latency_ms": "--latency-ms",
+    "energy": "--energy",
+}
 
 
 @click.command(
@@ -56,6 +65,20 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
 @click.option("--macs", type=float, metavar="RATIO", help="Budget: keep at most this share of the multiply-accumulates, such as 0.66.")
 @click.option("--loss-budget", type=float, metavar="NATS", help="Budget: drift at most this far from the dense model, KL in nats.")
 @click.option("--max-disagreement", type=float, metavar="P", help="Budget: change at most this share of the top-1 decisions.")
+@click.option(
+    "--latency", type=float, metavar="RATIO", help="Budget: take this share of the dense model's time on this device, such as 0.7."
+)
+@click.option("--latency-ms", type=float, metavar="MS", help="Budget: take so many milliseconds a batch on this device.")
+@click.option("--energy", type=float, metavar="RATIO", help="Budget: take this share of the dense model's energy on this device.")
+@click.option(
+    "--device-batch",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Images at a time that --latency, --latency-ms or --energy is about.",
+)
+@click.option("--meter", default="auto", show_default=True, metavar="NAME", help="That reads energy for --energy, as in hesper bench.")
 @click.option("--confidence", type=float, default=0.95, show_default=True, metavar="C", help="With which the budget must hold.")
 @click.option("--data", type=file_path(), metavar="DIR", help="Evaluate on these images afterwards; the record gets an entry.")
 @with_labels
@@ -95,10 +118,10 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
 )
 @click.option(
     "--blocks",
-    type=click.Choice(["auto", "every", "every-early", "alternate", "alternate-middle", "alternate-early", "third-middle"]),
+    type=click.Choice(["auto", *BLOCKS]),
     default="auto",
     show_default=True,
-    help="Which blocks let tokens go: every, every other or every third one; to 5/6 of the depth, early or middle. auto measures.",
+    help="Which blocks let tokens go: every, every other or every third one, or one; to 5/6 of the depth, early or middle. auto measures.",
 )
 @click.option("--rank", type=click.IntRange(1), default=24, show_default=True, metavar="R", help="Dimensions of the curvature metric.")
 @click.option("--gamma", type=float, default=0.35, show_default=True, metavar="G", help="Power of the token curvature.")
@@ -140,8 +163,8 @@ BUDGETS = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-dis
 def prune(**options: Any) -> None:
     """Prune MODEL, a timm name or hf:NAME, within a budget, and write a run folder: plan, weights, record and report.
 
-    Exactly one budget is needed: --macs, --loss-budget or --max-disagreement. It is verified on calibration images that fitted
-    nothing. No weight of the network is trained.
+    Exactly one budget is needed. It is verified on calibration images that fitted nothing, and --latency, --latency-ms and --energy on
+    the device besides, with nothing else running there. No weight of the network is trained.
     """
     budget_kind = _budget_kind(options)
     with Stages() as stages:
@@ -158,6 +181,7 @@ def prune(**options: Any) -> None:
             data=options["data"],
             labelled=options["labels"],
             device=options["device"],
+            meter=options["meter"],
             asked=_asked(options),
             progress=stages,
             note=stages.say,
@@ -192,6 +216,7 @@ def summary(run: RunFolder) -> dict[str, Any]:
         "drift_kl": None if measured is None else measured.drift_kl.mean,
         "agreement": None if measured is None else measured.agreement.mean,
         "expected_loss": None if expected is None else expected.mean,
+        "device": None if run.plan.device is None else dataclasses.asdict(run.plan.device),
         "heads_removed": sum(len(cut.remove) for cut in run.plan.heads),
         "blocks_gated": len(run.plan.gates),
         "improvements": first.results.get("improvements"),
@@ -220,7 +245,10 @@ def _budget_kind(options: dict[str, Any]) -> str:
     if len(given) != 1:
         names = ", ".join(BUDGETS[kind] for kind in given)
         what = f"{names} were given together" if given else "No budget was given"
-        raise UsageError(f"{what}; give exactly one budget: --macs RATIO, --loss-budget NATS or --max-disagreement P.")
+        raise UsageError(
+            f"{what}; give exactly one budget: --macs RATIO, --latency RATIO, --latency-ms MS, "
+            "--energy RATIO, --loss-budget NATS or --max-disagreement P."
+        )
     return given[0]
 
 
@@ -229,26 +257,29 @@ def _settings(options: dict[str, Any], kind: str) -> Settings:
     from hesper.heart.prune import Settings
 
     tokens = ("combine", "counts", "schedule", "tokens", "rank", "gamma", "rounds", "multiple", "refit", "refine", "blocks")
-    plain = (*tokens, "heads", "batch_size", "seed")
-    _check_asked(options)
+    plain = (*tokens, "heads", "batch_size", "seed", "device_batch")
+    _check_asked(options, kind)
     criterion = Criterion(options["criterion"], options["temperature"], options["draws"])
     return Settings(_budget(options, kind), criterion, **{name: options[name] for name in plain})
 
 
-def _check_asked(options: dict[str, Any]) -> None:
+def _check_asked(options: dict[str, Any], kind: str) -> None:
     """Refuse what was asked for in so many words and would have no effect."""
+    on_device = kind in ("latency", "latency_ms", "energy")
     tokens, merges, adapts = bool(options["tokens"]), options["combine"] == "merge", options["counts"] == "adaptive"
     rules = (
         (("rounds", "refine"), tokens and merges, "merging tokens", "--tokens --combine merge"),
         (("refit",), tokens and merges and options["criterion"] == "kl", "merging tokens", "--tokens --combine merge --criterion kl"),
         (("multiple",), tokens and adapts, "counts that adapt", "--tokens --counts adaptive"),
+        (("device_batch",), on_device, "a budget on this device", "--latency, --latency-ms or --energy"),
+        (("meter",), kind == "energy", "a budget on energy", "--energy"),
     )
     source = click.get_current_context().get_parameter_source
     for names, possible, subject, needed in rules:
         for name in names:
             asked = source(name) is click.core.ParameterSource.COMMANDLINE and options[name] not in (False, 0, "auto")
             if asked and not possible:
-                raise UsageError(f"--{name} is about {subject} and needs {needed}; leave it out.")
+                raise UsageError(f"--{name.replace('_', '-')} is about {subject} and needs {needed}; leave it out.")
 
 
 def _budget(options: dict[str, Any], kind: Any) -> Budget:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from hesper.errors import Interrupted, JobError, UsageError
 from hesper.heart.family import Family
 from hesper.heart.placement import DRIFT_RATE, Placed, Trial, finalists, place, point
+from hesper.heart.spending import Spending
 from hesper.measure.bounds import disagreement_p_value, images_needed, mean_upper_bound, provable_disagreement, skewness
 from hesper.measure.evaluate import Evaluation, estimate
 from hesper.plan import Budget, HeadGate, Measured, OperatingPoint, Plan, TokenCut, at_dial
@@ -78,7 +79,8 @@ def check_sample(budget: Budget, verify_images: int) -> None:
     if budget.kind == "disagreement":
         needed = max(needed, images_needed(budget.value, budget.confidence))
     if needed > verify_images:
-        unit = {"macs": "of the MACs", "loss": "nats", "disagreement": "changed decisions"}[budget.kind]
+        units = {"macs": "of the MACs", "loss": "nats", "disagreement": "changed decisions", "latency_ms": "ms"}
+        unit = units.get(budget.kind, "of what the dense model takes")
         raise UsageError(
             f"Proving at most {budget.value:g} {unit} with confidence {budget.confidence:g} takes at least {needed} readable images for "
             f"verification, and there are {verify_images}; give more calibration images, of which half verify."
@@ -92,31 +94,36 @@ def choose(
     verify: Callable[[Family], Trial],
     compare: Callable[[Family], Trial] | None = None,
     improvements: Sequence[Improvement] = (),
+    spending: Spending | None = None,
+    start: float | None = None,
 ) -> Chosen:
     """The plan of least drift that keeps the budget on the verification images.
 
     ``tune`` measures on fitting images and places the dial; ``verify`` measures on images that fitted nothing and has the last word.
     ``compare`` measures on more fitting images which family drifts least at a budget of MACs; a few images of great drift decide that.
     ``improvements`` are tried one after the other, and each is taken where it is one, on the families that come first: which of these
-    is best is seen when all are improved.
+    is best is seen when all are improved. ``spending`` is what the budget limits; without it MACs, if anything. The search for the dial
+    begins at ``start``.
 
     Raises:
         JobError: no member of any family keeps the budget; says what can be had.
     """
-    placed = place(families, budget, tune, compare)
+    spending = spending or Spending(budget)
+    placed = place(families, budget, spending, tune, compare, start)
     improvable = any(improvement.obstacle(placed[0].family) is None for improvement in improvements)
     starters = finalists(placed) if improvable else placed[:1]
-    improved = [_improved(each, budget, tune, compare, improvements) for each in starters]
+    improved = [_improved(each, budget, spending, tune, compare, improvements) for each in starters]
     contenders = tuple(Contender(one.family.name, one.cost, other.cost) for one, (other, _) in zip(starters, improved, strict=True))
     best, attempts = min(improved, key=lambda each: each[0].cost)
     trial = verify(best.family)
-    chosen = _with_neighbours(_prove(best.family, best.dials, best.points, budget, trial), trial)
+    chosen = _with_neighbours(_prove(best.family, best.dials, best.points, budget, spending, trial), trial)
     return replace(chosen, attempts=tuple(attempts), contenders=contenders)
 
 
 def _improved(
     placed: Placed,
     budget: Budget,
+    spending: Spending,
     tune: Callable[[Family], Trial],
     compare: Callable[[Family], Trial] | None,
     improvements: Sequence[Improvement],
@@ -124,33 +131,41 @@ def _improved(
     """The family with what improves it, and what became of each improvement."""
     attempts = []
     for improvement in improvements:
-        placed, attempt = _tried(placed, budget, tune, compare, improvement)
+        placed, attempt = _tried(placed, budget, spending, tune, compare, improvement)
         attempts.append(attempt)
     return placed, attempts
 
 
 def _tried(
-    placed: Placed, budget: Budget, tune: Callable[[Family], Trial], compare: Callable[[Family], Trial] | None, improvement: Improvement
+    placed: Placed,
+    budget: Budget,
+    spending: Spending,
+    tune: Callable[[Family], Trial],
+    compare: Callable[[Family], Trial] | None,
+    improvement: Improvement,
 ) -> tuple[Placed, Attempt]:
     """The improved family where each at its own dial, and at as many MACs, it drifts less than the family as it was."""
     if (obstacle := improvement.obstacle(placed.family)) is not None:
         return placed, Attempt(improvement.name, False, obstacle)
     try:
         family = improvement.make(placed.family, placed.dial)
-        (new,) = place([family], budget, tune, compare, placed.dial)
-        results = [improvement.judge(each.family)(each.family.at(each.dial)) for each in (placed, new)]
+        (new,) = place([family], budget, spending, tune, compare, placed.dial)
+        plans = [each.family.at(each.dial) for each in (placed, new)]
+        results = [improvement.judge(each.family)(plan) for each, plan in zip((placed, new), plans, strict=True)]
     except Interrupted:
         raise
     except JobError as error:  # what was placed keeps the budget on the fitting images, whatever the other came to
         return placed, Attempt(improvement.name, False, f"given up: {error}")
-    kept, other = (result.kept_macs.mean for result in results)
+    spent, other = (spending.of(plan, result).mean for plan, result in zip(plans, results, strict=True))
     before, after = (float(result.drift_kl.mean()) for result in results)
-    after *= math.exp(DRIFT_RATE * (other - kept))  # as it would be at as many MACs
-    why = f"drift {after:.3g} nats with it, {before:.3g} without, at as many MACs"
+    after *= math.exp(DRIFT_RATE * (other - spent))  # as it would be where both spend as much
+    why = f"drift {after:.3g} nats with it, {before:.3g} without, at {'equal time' if spending.knows_deciding else 'as many MACs'}"
     return new if after < before else placed, Attempt(improvement.name, after < before, why, before, after)
 
 
-def _prove(family: Family, dials: Sequence[float], points: list[OperatingPoint], budget: Budget, trial: Trial) -> Chosen:
+def _prove(
+    family: Family, dials: Sequence[float], points: list[OperatingPoint], budget: Budget, spending: Spending, trial: Trial
+) -> Chosen:
     """Fixed-sequence testing: along dials fixed beforehand, from the safe side towards the budget, stopping at the first that fails.
 
     Every test may use the full confidence, because a later plan is only tested when all before it passed (Learn then Test, arXiv
@@ -167,7 +182,7 @@ def _prove(family: Family, dials: Sequence[float], points: list[OperatingPoint],
         evaluation = last[1] if last is not None and same else trial(plan)
         last = (plan, evaluation)
         proven.append((dial, plan, evaluation))
-        verdict = _verdict(budget, evaluation)
+        verdict = _verdict(budget, spending, plan, evaluation)
         if not verdict.holds:
             break
         kept = (dial, plan, evaluation, verdict)
@@ -214,7 +229,7 @@ class _Verdict:
     provable: float
 
 
-def _verdict(budget: Budget, evaluation: Evaluation) -> _Verdict:
+def _verdict(budget: Budget, spending: Spending, plan: Plan, evaluation: Evaluation) -> _Verdict:
     limit, confidence, n = budget.value, budget.confidence, evaluation.n
     if budget.kind == "disagreement":
         changed = n - int(evaluation.agreement.sum())
@@ -225,13 +240,26 @@ def _verdict(budget: Budget, evaluation: Evaluation) -> _Verdict:
         )
         provable = provable_disagreement(changed, n, confidence)
         return _Verdict(p <= 1 - confidence, statement, f"{changed} decisions changed", provable)
-    mean = evaluation.kept_macs if budget.kind == "macs" else estimate(evaluation.drift_kl)
-    values = evaluation.macs if budget.kind == "macs" else evaluation.drift_kl
+    values = spending.shares(plan, evaluation) if spending.limits else evaluation.drift_kl
+    mean, limit = estimate(values), spending.limit if spending.limits else limit
     bound = mean_upper_bound(mean.mean, mean.stderr, n, confidence, skewness(values))
-    promise = f"Keeps at most {limit:g} of the dense MACs" if budget.kind == "macs" else f"Drifts at most {limit:g} nats"
+    promise, found = _in_words(budget, limit)
     statement = f"{promise} on average with confidence {confidence:g} (asymptotic bound {bound:.4g}, {n} images)."
-    found = f"it keeps {mean.mean:.4g} of the MACs" if budget.kind == "macs" else f"it drifts {mean.mean:.4g} nats"
-    return _Verdict(bound <= limit, statement, f"{found} on average, with an upper bound of {bound:.4g}", bound)
+    provable = bound if budget.kind != "latency_ms" else budget.value * bound / limit
+    return _Verdict(bound <= limit, statement, f"{found.format(mean.mean)} on average, with an upper bound of {bound:.4g}", provable)
+
+
+def _in_words(budget: Budget, limit: float) -> tuple[str, str]:
+    """The promise of a mean, and what was found, with a place for the number."""
+    if budget.kind == "macs":
+        return f"Keeps at most {limit:g} of the dense MACs", "it keeps {:.4g} of the MACs"
+    if budget.kind == "loss":
+        return f"Drifts at most {limit:g} nats", "it drifts {:.4g} nats"
+    what = "energy" if budget.kind == "energy" else "time"
+    return (
+        f"Takes at most {limit:.4g} of the dense model's {what}, as foretold,",
+        f"it takes {{:.4g}} of the dense model's {what}, as foretold,",
+    )
 
 
 def _rounded_up(value: float) -> float:

@@ -14,7 +14,7 @@ from hesper.curvature import Batch
 from hesper.graft import GraftedViT, graft
 from hesper.graft.deciders import Decider, State
 from hesper.graft.linkage import most_removed, share
-from hesper.plan import Plan, Schedule, TokenCut
+from hesper.plan import Anatomy, Plan, Schedule, TokenCut
 
 Calibration = Callable[[Plan], tuple[TokenCut, ...]]
 
@@ -79,6 +79,31 @@ def as_counts(plan: Plan, removed: list[float]) -> tuple[TokenCut, ...]:
         due, left = due - step, left - step
         cuts.append(replace(cut, threshold=None, remove=step, multiple=1))
     return tuple(cuts)
+
+
+def landed(cuts: tuple[TokenCut, ...], plan: Plan, anatomy: Anatomy, landing: Callable[[int], int]) -> tuple[TokenCut, ...]:
+    """Fixed counts moved up to where ``landing`` says that a device takes no longer; thresholds stay as they are.
+
+    Example:
+        >>> from hesper.plan import empty_plan
+        >>> tiny = Anatomy(12, 192, 3, 64, 768, 197, 1, 1000, 768, (224, 224), (14, 14), False)
+        >>> cuts = (TokenCut(3, "drop", remove=40), TokenCut(6, "drop", remove=40))
+        >>> [cut.remove for cut in landed(cuts, empty_plan("tiny", tiny), tiny, lambda count: -(-count // 16) * 16)]
+        [37, 32]
+    """
+    if any(cut.remove is None for cut in cuts):
+        return cuts
+    rounds = 1 if plan.pricing is None else plan.pricing.rounds
+    wanted = left = anatomy.tokens
+    moved = []
+    for cut in cuts:
+        wanted -= cut.remove or 0
+        patches = left - anatomy.prefix_tokens
+        most = most_removed(patches, rounds) if cut.combine == "merge" else patches - 1
+        remove = max(0, min(left - landing(wanted), most))
+        left -= remove
+        moved.append(replace(cut, remove=remove))
+    return tuple(moved)
 
 
 def _as_thresholds(plan: Plan, fixed: tuple[TokenCut, ...], cut: GraftedViT, batches: Iterable[Batch]) -> tuple[TokenCut, ...]:

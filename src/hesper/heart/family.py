@@ -15,9 +15,11 @@ from hesper.plan import Anatomy, Combine, HeadCut, HeadGate, Plan, TokenCut
 
 Counts = Literal["adaptive", "fixed"]
 Heads = Literal["none", "static", "adaptive"]
-Stages = Literal["third-middle", "alternate-early", "alternate-middle", "alternate", "every-early", "every"]
+Stages = Literal["once-early", "third-early", "third-middle", "alternate-early", "alternate-middle", "alternate", "every-early", "every"]
 # Step from one deciding block to the next, and the shares of the depth where deciding begins and ends.
 STAGES: dict[Stages, tuple[int, float, float]] = {
+    "once-early": (1, 1 / 6, 1 / 4),
+    "third-early": (3, 1 / 12, 1 / 2),
     "third-middle": (3, 1 / 4, 2 / 3),
     "alternate-early": (2, 0.0, 2 / 3),
     "alternate-middle": (2, 1 / 6, 3 / 4),
@@ -26,6 +28,8 @@ STAGES: dict[Stages, tuple[int, float, float]] = {
     "every": (1, 0.0, 5 / 6),
 }
 # Where a decision matches in more than one round, deciding in every block gains nothing over every other one.
+# Sets that decide once or twice are for devices on which a decision takes as long as a block.
+RARE: tuple[Stages, ...] = ("once-early", "third-early")
 SPARSE: tuple[Stages, ...] = ("third-middle", "alternate-early", "alternate-middle", "alternate")
 # What a decision on tokens and each of its rounds of matching take: shares of ViT-Tiny's dense time in batches of 32 on two cores.
 # A wider model spends more on everything else, and a deeper one is run through more blocks. A gate is charged like a decision.
@@ -133,7 +137,7 @@ def deciding_blocks(anatomy: Anatomy, stages: Stages) -> tuple[int, ...]:
     step, start, end = STAGES[stages]
     missed = anatomy.depth if anatomy.reads_patches else anatomy.depth - 1  # tokens cut later are missed by nobody
     first, last = (math.floor(anatomy.depth * share + 1e-9) for share in (start, end))
-    return tuple(range(first, min(missed, max(1, last)), step))
+    return tuple(range(first, min(missed, max(first + 1, last)), step))
 
 
 def steps_of(anatomy: Anatomy) -> int:

@@ -103,12 +103,14 @@ class Passes:
     def _measured(self, name: str, stage: str, cut: GraftedViT, dense: StoredLogits, indices: Sequence[int]) -> Share:
         """This process's share, kept under ``name``."""
         if (kept := self.work.load(name)) is not None:
-            columns = {key: array for key, array in kept.arrays.items() if key not in ("tokens", "places")}
+            columns = {key: array for key, array in kept.arrays.items() if key not in ("tokens", "heads", "places")}
             places = kept.arrays["places"]
             files = tuple(self.images.files[indices[place]] for place in places)
-            return Share(columns, kept.arrays["tokens"], places, files, kept.notes["macs_dense"], kept.notes["seconds"])
+            return Share(
+                columns, kept.arrays["tokens"], kept.arrays["heads"], places, files, kept.notes["macs_dense"], kept.notes["seconds"]
+            )
         share = measure(cut, dense, self.batches(stage, indices))
-        arrays = {**share.columns, "tokens": share.tokens, "places": share.places}
+        arrays = {**share.columns, "tokens": share.tokens, "heads": share.heads, "places": share.places}
         self._keep(name, arrays, macs_dense=share.macs_dense, seconds=share.seconds)
         return share
 

@@ -15,19 +15,21 @@ from hesper.data import ImageSet, Skipped, check_labels, split
 from hesper.errors import OutOfReach, UsageError
 from hesper.graft import GraftedViT, graft
 from hesper.heart.budget import Chosen, Improvement, check_sample, choose
-from hesper.heart.calibrate import Calibration, calibration
+from hesper.heart.calibrate import Calibration, calibration, landed
 from hesper.heart.criteria import Criterion, check_prices_heads
-from hesper.heart.family import SPARSE, STAGES, Counts, Family, Heads, Stages, deciding_blocks, steps_of
+from hesper.heart.device import Check, Device, Machine, met
+from hesper.heart.family import RARE, SPARSE, STAGES, Counts, Family, Heads, Stages, deciding_blocks, steps_of
 from hesper.heart.fit import Atlas, FitSums, SurveySums, Tables
 from hesper.heart.passes import Passes, Report, StoredLogits
 from hesper.heart.placement import Trial
 from hesper.heart.price import plan_price
 from hesper.heart.refit import RefitSums
+from hesper.heart.spending import Spending, spending_of
 from hesper.hosts.open import OpenModel
 from hesper.kinds import check_kinds
 from hesper.measure.evaluate import Evaluation, estimate
-from hesper.parallel import Alone, Team
-from hesper.plan import Budget, Combine, Estimate, Plan, Pricing, Provenance, Schedule, check_budget
+from hesper.parallel import Alone, Team, jointly
+from hesper.plan import Budget, Combine, Estimate, OnDevice, Plan, Pricing, Provenance, Schedule, check_budget, on_device
 from hesper.runs import utc_now
 from hesper.version import __version__
 from hesper.work import KeptNowhere, Work
@@ -65,6 +67,7 @@ class Settings:
     blocks: Stages | Literal["auto"] = "auto"
     batch_size: int = 32
     seed: int = 0
+    device_batch: int = 1
 
     def __post_init__(self) -> None:
         """Refuse words and numbers that mean nothing; UsageError names them."""
@@ -72,7 +75,7 @@ class Settings:
         check_kinds(self, "setting")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"The seed is {self.seed}; it must be a whole number from 0 to 2^63 - 1.")
-        for name in ("rank", "batch_size", "rounds", "multiple"):
+        for name in ("rank", "batch_size", "rounds", "multiple", "device_batch"):
             number = getattr(self, name)
             if number != "auto" and number < 1:
                 raise UsageError(f"The setting {name} is {number!r}; it must be a whole number of at least 1.")
@@ -90,7 +93,10 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """What pruning found: the chosen plan and how it did, the grafted model, its tables, and the sensitivities behind them."""
+    """What pruning found: the chosen plan and how it did, the grafted model, its tables, and the sensitivities behind them.
+
+    ``checks`` are what plans took on the device, the last one's that of the chosen plan; none where the budget is about no device.
+    """
 
     chosen: Chosen
     model: GraftedViT
@@ -99,6 +105,7 @@ class Pruned:
     verify: tuple[int, ...]
     skipped: tuple[Skipped, ...]
     seconds: dict[str, float]
+    checks: tuple[OnDevice, ...] = ()
 
 
 def prune(
@@ -108,11 +115,13 @@ def prune(
     report: Report | None = None,
     team: Team | None = None,
     work: Work | None = None,
+    device: Callable[[Settings], Device] | None = None,
 ) -> Pruned:
     """Prune ``model`` within a budget, on calibration ``images`` of which half only verify.
 
     No weight of the network is trained. ``report`` is told (stage, done, total) as work proceeds. Each process of a ``team`` calls
-    this alike and gets the same result; ``work`` keeps what is finished.
+    this alike and gets the same result; ``work`` keeps what is finished. ``device`` gives, once settings are found right, the one that a
+    budget on time or energy is about; only the first process of a team asks for it.
 
     Raises:
         UsageError: a budget out of range, too few images for it, or labels missing.
@@ -132,16 +141,30 @@ def prune(
         settings = replace(settings, heads="none")
         if not settings.tokens:
             raise UsageError(f"The heads of {model.ref.name} cannot be removed: its attention output is normalised over all of them.")
+    if on_device(settings.budget) and device is None:
+        raise UsageError("A budget on time or energy needs a device to measure; prune with hesper.prune, or give one.")
     team = team or Alone()
     passes = Passes(images, settings.batch_size, team, work or KeptNowhere(), report or (lambda stage, done, total: None))
-    return _Job(model, images, settings, team, passes).run()
+    return _Job(model, images, settings, team, passes, device).run()
 
 
 class _Job:
     """One pruning job: the model, the split images, and the clock."""
 
-    def __init__(self, model: OpenModel, images: ImageSet, settings: Settings, team: Team, passes: Passes) -> None:
+    def __init__(
+        self,
+        model: OpenModel,
+        images: ImageSet,
+        settings: Settings,
+        team: Team,
+        passes: Passes,
+        device: Callable[[Settings], Device] | None,
+    ) -> None:
         self.model, self.images, self.settings, self.team, self.passes = model, images, settings, team, passes
+        self.find_device = device
+        self.device: Device | None = None
+        self.machine: Machine | None = None
+        self.spending = Spending(settings.budget)
         if len(images) < 4:
             raise UsageError(f"Pruning needs at least 4 calibration images, and there are {len(images)}; give more.")
         self.fit, self.verify = split(images, (FIT_SHARE, 1 - FIT_SHARE), settings.seed)
@@ -159,33 +182,79 @@ class _Job:
         settings, host = self.settings, self.model.host
         check_sample(settings.budget, len(self.verify))
         started = time.perf_counter()
+        self._look_at_device()
+        started = self._clock("device", started)
         atlas = self._survey()
         started = self._clock("survey", started)
         tables = self._fit() if settings.tokens or settings.heads == "adaptive" else Tables({}, ())
         started = self._clock("fit", started)
-        compare = self._trial("compare") if len(self.fit) > len(self.tune) else None
-        tune, prove = self._trial("tune"), self._trial("verify")
-        improvements = (
-            Improvement("refit", self._refits_not, self._refit, compare or tune),
-            Improvement("refine", self._refines_not, self._refine, tune),
-        )
-        multiple = steps_of(self.model.ref.anatomy) if settings.multiple == "auto" else settings.multiple
-        try:
-            chosen = choose(self._families(tables, atlas, multiple), settings.budget, tune, prove, compare, improvements)
-        except OutOfReach:
-            if settings.multiple != "auto" or multiple == 1 or settings.counts == "fixed":
-                raise
-            chosen = choose(self._families(tables, atlas, 1), settings.budget, tune, prove, compare, improvements)
+        chosen = self._search(tables, atlas)
         started = self._clock("search", started)
+        checks: tuple[OnDevice, ...] = ()
+        if self.machine is not None:
+            chosen, checks = self._meet(chosen)
+            started = self._clock("check", started)
         tables = chosen.family.tables
         grafted = graft(host.module, chosen.plan, tables.tensors, check_weights=False)
         verify = self.passes.readable(self.verify)
         made = replace(chosen.plan.provenance, fit_images=len(self.passes.readable(self.fit)), verify_images=len(verify))
         plan = replace(chosen.plan, provenance=made, measured=chosen.measured, points=chosen.points, expected_loss=self._expected(grafted))
+        plan = replace(plan, device=checks[-1] if checks else None)
         grafted.plan = plan
         self._clock("price", started)
         skipped = tuple(sorted(self.passes.skipped.values(), key=lambda skip: skip.file))
-        return Pruned(replace(chosen, plan=plan), grafted, tables, atlas, verify, skipped, self.seconds)
+        return Pruned(replace(chosen, plan=plan), grafted, tables, atlas, verify, skipped, self.seconds, checks)
+
+    def _search(self, tables: Tables, atlas: Atlas) -> Chosen:
+        """The plan of least drift that keeps the budget, on a device as its staircase foretells it."""
+        settings, compare = self.settings, self._trial("compare") if len(self.fit) > len(self.tune) else None
+        tune, prove = self._trial("tune"), self._trial("verify")
+        improvements = (
+            Improvement("refit", self._refits_not, self._refit, compare or tune),
+            Improvement("refine", self._refines_not, self._refine, tune),
+        )
+        multiple = self._multiple() if settings.multiple == "auto" else settings.multiple
+
+        def chosen(multiple: int) -> Chosen:
+            families = self._families(tables, atlas, multiple)
+            return choose(families, settings.budget, tune, prove, compare, improvements, self.spending)
+
+        try:
+            return chosen(multiple)
+        except OutOfReach:
+            if settings.multiple != "auto" or multiple == 1 or settings.counts == "fixed":
+                raise
+            return chosen(1)
+
+    def _look_at_device(self) -> None:
+        """The device a budget is about, and its staircase, which every process needs and the first one measures."""
+        if not on_device(self.settings.budget) or self.find_device is None:
+            return
+        find = self.find_device
+        self.device = jointly(self.team, lambda: find(self.settings) if self.team.rank == 0 else None)
+        self.machine = self.team.first(None if self.device is None else self.device.machine)
+        self.spending = spending_of(self.settings.budget, None if self.machine is None else self.machine.stairs)
+
+    def _meet(self, chosen: Chosen) -> tuple[Chosen, tuple[OnDevice, ...]]:
+        """The plan placed where the device takes what the budget allows."""
+        tune, prove = self._trial("tune"), self._trial("verify")
+
+        def check(chosen: Chosen) -> Check:
+            self.passes.report("Check on the device", 0, 0)
+            model = graft(self.model.host.module, chosen.plan, chosen.family.tables.tensors, check_weights=False)
+            return self.team.first(jointly(self.team, lambda: None if self.device is None else self.device.check(model)))  # type: ignore[return-value]
+
+        def again(before: Chosen, spending: Spending) -> Chosen:
+            after = choose([before.family], self.settings.budget, tune, prove, spending=spending, start=before.dial)
+            return replace(after, attempts=before.attempts, contenders=before.contenders)
+
+        assert self.machine is not None
+        return met(chosen, self.spending, self.machine, check, again)
+
+    def _multiple(self) -> int:
+        """Of what counts that adapt are multiples."""
+        stairs = self.spending.stairs
+        return steps_of(self.model.ref.anatomy) if stairs is None else max(1, stairs.multiple(steps_of(self.model.ref.anatomy)))
 
     def _survey(self) -> Atlas:
         sums = SurveySums(self.model.host, self.settings.criterion, self.generator)
@@ -210,7 +279,7 @@ class _Job:
         settings, anatomy = self.settings, self.model.ref.anatomy
         merges = settings.tokens and settings.combine == "merge"
         several: tuple[int, ...] = ((2, 1) if settings.rounds == "auto" else (settings.rounds,)) if merges else (1,)
-        names: list[Stages] = list(SPARSE if max(several) > 1 else STAGES) if settings.blocks == "auto" else [settings.blocks]
+        names: list[Stages] = self._stages(max(several)) if settings.blocks == "auto" else [settings.blocks]
         sets = {deciding_blocks(anatomy, name): name for name in reversed(names)}  # shallow models have the same blocks twice
         stages: dict[str, tuple[int, ...]] = (
             {name: blocks for blocks, name in reversed(sets.items())} if settings.tokens else {"heads alone": ()}
@@ -224,6 +293,11 @@ class _Job:
 
         return [family(name, rounds, kind) for name in stages for rounds in several for kind in heads]
 
+    def _stages(self, rounds: int) -> list[Stages]:
+        """Which sets of blocks are measured."""
+        usual = [name for name in STAGES if name not in RARE and (rounds == 1 or name in SPARSE)]
+        return usual if self.spending.stairs is None else [*RARE, *usual]
+
     def _shape(self, tables: Tables) -> Calibration | None:
         """How adaptive counts become what was asked for, the same in every process."""
         settings = self.settings
@@ -234,7 +308,10 @@ class _Job:
             settings.counts,
             settings.schedule,
         )
-        return None if shape is None else lambda plan: self.team.first(shape(plan))
+        if shape is None:
+            return None
+        stairs, anatomy = self.spending.stairs, self.model.ref.anatomy
+        return lambda plan: self.team.first(shape(plan) if stairs is None else landed(shape(plan), plan, anatomy, stairs.landing))
 
     def _refit(self, family: Family, dial: float) -> Family:
         """The family with its tables fitted again, where the model is cut as it is at ``dial``."""

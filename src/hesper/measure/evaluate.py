@@ -26,14 +26,16 @@ Progress = Callable[[int], None]
 class Evaluation:
     """Per-image outcomes, ``[images]`` each: drift in nats, agreement, MACs, and with labels the dense and cut models' hits and losses.
 
-    ``tokens`` ``[images, depth]`` counts those fed to each block's MLP (where unread tokens are skipped, the last is the prefix alone);
-    ``seconds`` is the time the cut model alone took; ``files`` names the images where the batches do.
+    ``tokens`` ``[images, depth]`` counts those fed to each block's MLP (where unread tokens are skipped, the last is the prefix alone),
+    ``heads`` ``[images, depth]`` those that each block ran; ``seconds`` is the time the cut model alone took; ``files`` names the images
+    where the batches do.
     """
 
     drift_kl: Column
     agreement: Column
     macs: Column
     tokens: NDArray[np.int64]
+    heads: NDArray[np.int64]
     macs_dense: int
     top1: Column | None
     top5: Column | None
@@ -91,13 +93,14 @@ def estimate(column: Column) -> Estimate:
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """What one pass over some of the images found, image by image: columns and tokens as in :class:`Evaluation`.
+    """What one pass over some of the images found, image by image: columns, tokens and heads as in :class:`Evaluation`.
 
     ``places`` are the images' positions among all images; without images there are no columns.
     """
 
     columns: Mapping[str, Column]
     tokens: NDArray[np.int64]
+    heads: NDArray[np.int64]
     places: NDArray[np.int64]
     files: tuple[str, ...]
     macs_dense: int
@@ -135,6 +138,7 @@ def measure(cut: GraftedViT, dense: nn.Module | Sequence[Tensor], batches: Itera
     """:func:`evaluate` for a share of the images; :func:`join` makes an evaluation of all shares."""
     columns: dict[str, list[Tensor]] = {}
     tokens: list[NDArray[np.int64]] = []
+    heads: list[NDArray[np.int64]] = []
     files: list[str] = []
     places: list[int] = []
     seconds = 0.0
@@ -149,13 +153,15 @@ def measure(cut: GraftedViT, dense: nn.Module | Sequence[Tensor], batches: Itera
             columns.setdefault(name, []).append(column.double().cpu())
         columns.setdefault("macs", []).append(torch.from_numpy(outcome.macs).double())
         tokens.append(outcome.traffic.fed)
+        heads.append(outcome.traffic.heads)
         files += getattr(batch, "files", ())
         places += getattr(batch, "places", ()) or range(len(places), len(places) + len(batch.images))
         if progress:
             progress(len(batch.images))
     whole = {name: torch.cat(parts).numpy() for name, parts in columns.items()}
-    fed = np.concatenate(tokens) if tokens else np.zeros((0, cut.plan.model.anatomy.depth), np.int64)
-    return Share(whole, fed, np.array(places, np.int64), tuple(files), cut.dense_macs, seconds)
+    none = np.zeros((0, cut.plan.model.anatomy.depth), np.int64)
+    fed, used = (np.concatenate(counts) if counts else none for counts in (tokens, heads))
+    return Share(whole, fed, used, np.array(places, np.int64), tuple(files), cut.dense_macs, seconds)
 
 
 def join(shares: Sequence[Share]) -> Evaluation:
@@ -174,6 +180,7 @@ def join(shares: Sequence[Share]) -> Evaluation:
         agreement=whole["agreement"],
         macs=whole["macs"],
         tokens=np.concatenate([share.tokens for share in full])[order],
+        heads=np.concatenate([share.heads for share in full])[order],
         macs_dense=full[0].macs_dense,
         **{name: whole.get(name) for name in ("top1", "top5", "loss", "dense_top1", "dense_loss")},
         seconds=max(share.seconds for share in full),

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hesper.measure.graphics import graphics, held_back
 from hesper.meters.power_mode import power_mode
 from hesper.runs.environment import environment
 
@@ -29,7 +30,7 @@ class Fingerprint:
 
     ``fixed``: hardware, versions and settings, which two comparable measurements share. ``state``: the share of the processor's time
     in use, its hottest temperature in degrees Celsius, and counts of throttling events since it started; a count that grew tells of one
-    in between.
+    in between. Of graphics cards their clock, temperature and what holds the clock back at this moment.
     """
 
     fixed: Mapping[str, Value]
@@ -38,7 +39,7 @@ class Fingerprint:
 
 def fingerprint(root: Path = Path("/")) -> Fingerprint:
     """This machine now; ``root`` stands in for ``/`` in what is read from system files."""
-    mode = power_mode(root)
+    mode, cards = power_mode(root), graphics()
     own = {name: value for name, value in environment().items() if name != "governor"}  # that of the first core alone
     fixed: dict[str, Value] = {
         **own,
@@ -46,6 +47,7 @@ def fingerprint(root: Path = Path("/")) -> Fingerprint:
         "highest_khz": _alike(root, f"{_CPU}/cpu[0-9]*/cpufreq/scaling_max_freq"),
         "turbo_off": _alike(root, f"{_CPU}/intel_pstate/no_turbo"),
         "power_mode": mode.name if mode else None,
+        "graphics": cards.fixed if cards else None,
     }
     state: dict[str, Value] = {
         "busy": _busy(root),
@@ -53,6 +55,9 @@ def fingerprint(root: Path = Path("/")) -> Fingerprint:
         "throttled": _throttled(root),
         "over_current": _sum(root.glob("sys/class/hwmon/hwmon*/oc*_event_cnt")),
         "pi_throttled": _pi_throttled(),
+        "graphics_megahertz": cards.megahertz if cards else None,
+        "graphics_celsius": cards.celsius if cards else None,
+        "graphics_held_back": cards.reasons if cards else None,
     }
     return Fingerprint(fixed, state)
 
@@ -86,6 +91,9 @@ def warnings_between(before: Fingerprint, after: Fingerprint) -> tuple[str, ...]
     bits = after.state.get("pi_throttled")
     if isinstance(bits, int) and bits & _PI_NOW:
         said.append(f"the board limits itself (vcgencmd get_throttled: {bits:#x})")
+    cards = after.state.get("graphics_held_back")
+    if isinstance(cards, int) and cards:
+        said.append(f"the graphics card's clock was held back by {held_back(cards)}")
     return tuple([*said, *differences(before, after)])
 
 

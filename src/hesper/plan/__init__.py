@@ -15,6 +15,7 @@ from hesper.plan.vocabulary import (
     HeadGate,
     Measured,
     ModelRef,
+    OnDevice,
     OperatingPoint,
     Plan,
     Pricing,
@@ -22,6 +23,7 @@ from hesper.plan.vocabulary import (
     Schedule,
     TokenCut,
     empty_plan,
+    on_device,
 )
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "HeadGate",
     "Measured",
     "ModelRef",
+    "OnDevice",
     "OperatingPoint",
     "Plan",
     "Pricing",
@@ -46,6 +49,7 @@ __all__ = [
     "dumps",
     "empty_plan",
     "loads",
+    "on_device",
     "plain",
     "plan_hash",
     "read_plan",

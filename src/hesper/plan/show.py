@@ -68,6 +68,11 @@ def _measured(plan: Plan) -> list[str]:
         *_labelled("", f"agreement  {_estimate(measured.agreement)}"),
     ]
     lines += _labelled("", measured.statement, _STATEMENT_LINES)
+    if (device := plan.device) is not None:
+        images = "one image" if device.batch_size == 1 else f"{device.batch_size} images"
+        lines += _labelled("device", f"{images}, {device.threads} threads of {device.device}", _MADE_LINES)
+        taken = f"{device.measured:.4g} [{device.low:.4g}, {device.high:.4g}] {device.unit}"
+        lines += _labelled("", f"{taken}, foretold {device.foretold:.4g}", _MADE_LINES)
     if plan.points:
         kept = [point.macs for point in plan.points]
         lines += _labelled("points", f"{len(kept)} measured on the way, kept MACs {min(kept):.3g} to {max(kept):.3g}")
@@ -89,6 +94,9 @@ def _budget(budget: Budget) -> str:
         "macs": f"at most {budget.value:.4g} of the MACs",
         "loss": f"at most {budget.value:.4g} nats of loss",
         "disagreement": f"at most {budget.value:.4g} of the decisions changed",
+        "latency": f"at most {budget.value:.4g} of the dense model's time",
+        "latency_ms": f"at most {budget.value:.4g} ms",
+        "energy": f"at most {budget.value:.4g} of the dense model's energy",
     }[budget.kind]
     return f"{limit}, confidence {budget.confidence:g}"
 

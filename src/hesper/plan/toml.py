@@ -26,7 +26,7 @@ else:
 __all__ = ["dumps", "loads", "plain", "plan_hash", "read_plan"]
 
 _ORDER = ("schema", "schedule", "skip_unread", "dial", "model", "budget", "pricing", "expected_loss")
-_ORDER_AFTER = ("tokens", "heads", "gates", "measured", "points", "provenance")
+_ORDER_AFTER = ("tokens", "heads", "gates", "measured", "device", "points", "provenance")
 _TYPE_NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", dict: "a table", list: "an array"}
 _INLINE_KEYS = 3  # estimates read best on one line, anatomies do not
 

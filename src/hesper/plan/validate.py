@@ -140,6 +140,11 @@ def check_budget(budget: Budget) -> None:
     value = budget.value
     if budget.kind == "macs" and not 0 < value <= 1:
         raise UsageError(f"the kept share of MACs must lie above 0 and be at most 1, not {value:g}; give for example 0.66")
+    if budget.kind in ("latency", "energy") and not 0 < value <= 1:
+        what = "time" if budget.kind == "latency" else "energy"
+        raise UsageError(f"the share of the dense model's {what} must lie above 0 and be at most 1, not {value:g}; give for example 0.7")
+    if budget.kind == "latency_ms" and not (value > 0 and math.isfinite(value)):
+        raise UsageError(f"the latency must be above 0 ms, not {value:g}; give for example 5")
     if budget.kind == "loss" and not (value > 0 and math.isfinite(value)):
         raise UsageError(f"the loss budget must be above 0 nats, not {value:g}; give for example 0.02")
     if budget.kind == "disagreement" and not 0 < value < 1:
@@ -156,6 +161,11 @@ def _check_evidence(plan: Plan) -> None:
     for path, estimate in estimates.items():
         if estimate is not None and (estimate.stderr < 0 or estimate.n < 1):
             raise UsageError(f"{path} has stderr {estimate.stderr} over n = {estimate.n}; it needs stderr >= 0 and n >= 1")
+    if (device := plan.device) is not None:
+        if min(device.batch_size, device.threads, device.processes) < 1:
+            raise UsageError("device needs a batch_size, threads and processes of at least 1; measure it again")
+        if not 0 < device.low <= device.measured <= device.high or min(device.foretold, device.expected) <= 0:
+            raise UsageError("device.measured must lie between low and high, and all must be above 0; measure it again")
     for index, point in enumerate(plan.points):
         if point.n < 1 or point.macs < 0 or not 0 <= point.agreement <= 1:
             raise UsageError(f"points[{index}] needs n >= 1, macs >= 0 and an agreement between 0 and 1; measure it again")

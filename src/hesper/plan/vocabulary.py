@@ -8,7 +8,7 @@ from typing import Literal
 SCHEMA = 5
 
 Combine = Literal["merge", "drop"]
-BudgetKind = Literal["macs", "loss", "disagreement"]
+BudgetKind = Literal["macs", "loss", "disagreement", "latency", "latency_ms", "energy"]
 Schedule = Literal["asymmetric", "symmetric"]
 
 
@@ -106,7 +106,10 @@ class Pricing:
 
 @dataclass(frozen=True)
 class Budget:
-    """What was asked for: a kept share of MACs, a loss in nats, or a share of changed top-1 decisions."""
+    """What was asked for: a kept share of MACs, a loss in nats, a share of changed top-1 decisions, or what a device takes for it.
+
+    The latter is a share of the dense model's time ("latency") or energy ("energy"), or milliseconds a batch ("latency_ms").
+    """
 
     kind: BudgetKind
     value: float
@@ -130,6 +133,27 @@ class Measured:
     drift_kl: Estimate
     agreement: Estimate
     statement: str
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """What a plan takes on the device it was made for, in batches of ``batch_size``.
+
+    ``unit`` says of what: "of the dense model's time", "ms" or "of the dense model's energy". ``foretold`` is what the device's staircase
+    of latency said beforehand, ``expected`` that with what was learned of it by measuring whole models; ``measured`` with its 95 %
+    interval from ``low`` to ``high`` is of ``processes`` that ran the plan beside the dense model. ``threads`` are the processor's.
+    """
+
+    device: str
+    batch_size: int
+    threads: int
+    unit: str
+    foretold: float
+    expected: float
+    measured: float
+    low: float
+    high: float
+    processes: int
 
 
 @dataclass(frozen=True)
@@ -162,7 +186,8 @@ class Provenance:
 class Plan:
     """Everything that will be cut from a model, why, and what it is expected to cost.
 
-    ``dial`` is the price in nats that the thresholds of tokens and gates follow, None where there is no threshold.
+    ``dial`` is the price in nats that the thresholds of tokens and gates follow, None where there is no threshold; ``device`` is there
+    where the budget is about one.
     """
 
     model: ModelRef
@@ -178,7 +203,17 @@ class Plan:
     provenance: Provenance
     dial: float | None = None
     gates: tuple[HeadGate, ...] = ()
+    device: OnDevice | None = None
     schema: int = SCHEMA
+
+
+def on_device(budget: Budget) -> bool:
+    """Whether a budget is about what a device takes.
+
+    >>> on_device(Budget("latency", 0.7, 0.95)), on_device(Budget("macs", 0.7, 0.95))
+    (True, False)
+    """
+    return budget.kind in ("latency", "latency_ms", "energy")
 
 
 def empty_plan(name: str, anatomy: Anatomy) -> Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from hesper.errors import UsageError
 from hesper.heart.gallery import Gallery, load_gallery
-from hesper.plan import Plan, plan_hash
+from hesper.plan import Plan, on_device, plan_hash
 from hesper.report.devices import BenchFacts, benches_of
 from hesper.report.patches import fits
 from hesper.report.reading import Matrix, column, matrix, number, table
@@ -83,6 +83,17 @@ class Skip:
     reason: str
 
 
+@dataclass(frozen=True)
+class DeviceCheck:
+    """What a plan on the way to the chosen one was foretold, expected and measured to take on the device, in the budget's unit."""
+
+    foretold: float
+    expected: float
+    measured: float
+    low: float
+    high: float
+
+
 @dataclass(frozen=True, eq=False)
 class RunFacts:
     """Everything a page says about one run. ``outcomes`` begins with what the budget was decided on; ``missing`` is in words."""
@@ -103,6 +114,7 @@ class RunFacts:
     skipped: tuple[Skip, ...]
     missing: tuple[str, ...]
     benches: tuple[BenchFacts, ...] = ()
+    checks: tuple[DeviceCheck, ...] = ()
 
     @property
     def main(self) -> Outcome | None:
@@ -126,7 +138,8 @@ def command(facts: RunFacts) -> str:
         return recorded
     if isinstance(recorded, list) and all(isinstance(word, str) for word in recorded):
         return shlex.join(recorded)
-    budget = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-disagreement"}[plan.budget.kind]
+    options = {"macs": "--macs", "loss": "--loss-budget", "disagreement": "--max-disagreement"}
+    budget = options.get(plan.budget.kind) or f"--{plan.budget.kind.replace('_', '-')}"
     words = ["hesper", "prune", plan.model.name, "--calib", str(asked.get("calib") or "CALIB")]
     words += [word for key in ("weights", "class_map") if asked.get(key) for word in (f"--{key.replace('_', '-')}", str(asked[key]))]
     words += [budget, f"{plan.budget.value:g}", "--confidence", f"{plan.budget.confidence:g}", "--schedule", plan.schedule]
@@ -146,6 +159,8 @@ def command(facts: RunFacts) -> str:
         first = plan.tokens[0]
         adaptive = ["adaptive", "--multiple", str(asked.get("multiple", first.multiple))]
         words += ["--combine", first.combine, "--counts", *(["fixed"] if first.threshold is None else adaptive)]
+    if on_device(plan.budget):
+        words += ["--device-batch", str(asked.get("device_batch", 1 if plan.device is None else plan.device.batch_size))]
     for key in ("heads", "blocks", "batch_size"):
         words += [f"--{key.replace('_', '-')}", str(asked[key])] if asked.get(key) else []
     words += ["--no-refit"] if asked.get("refit") is False else []
@@ -194,7 +209,15 @@ def _facts(path: str | Path, name: str) -> RunFacts:
         skipped=tuple(skip for entry in run.entries for skip in _skipped(entry)),
         missing=tuple(missing),
         benches=benches_of(run.entries, name),
+        checks=_checks(first.get("checks")),
     )
+
+
+def _checks(recorded: object) -> tuple[DeviceCheck, ...]:
+    """The checks that are whole."""
+    names = [field.name for field in fields(DeviceCheck)]
+    rows = [[number(table(check).get(name)) for name in names] for check in recorded] if isinstance(recorded, list) else []
+    return tuple(DeviceCheck(*(value for value in row if value is not None)) for row in rows if None not in row)
 
 
 def _gallery(folder: Path, plan: Plan) -> tuple[Gallery | None, str | None]:

@@ -243,6 +243,9 @@ def _budget(budget: Budget) -> str:
         "macs": f"keep at most {figures.percent(budget.value)} of the MACs",
         "loss": f"drift at most {figures.significant(budget.value)} nats",
         "disagreement": f"change at most {figures.percent(budget.value)} of the top-1 decisions",
+        "latency": f"take {figures.percent(budget.value)} of the dense model’s time on the device",
+        "latency_ms": f"take {figures.significant(budget.value)} ms on the device",
+        "energy": f"take {figures.percent(budget.value)} of the dense model’s energy on the device",
     }[budget.kind]
     return f"{limit}, with confidence {budget.confidence:g}"
 

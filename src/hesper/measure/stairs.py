@@ -1,0 +1,275 @@
+"""A device's own latency over counts of tokens and heads, measured once: a staircase that foretells how long a plan takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hesper.errors import UsageError
+from hesper.graft.pieces import SHARE, Decision, Pieces
+from hesper.graft.stream import Stream
+from hesper.hosts.open import OpenModel
+from hesper.measure.latency import settle
+from hesper.plan import Plan
+
+__all__ = ["Stairs", "measure_stairs"]
+
+Seconds = NDArray[np.float64]
+ROUNDS, FEWER_ROUNDS = 9, 5
+LONG = 0.1  # seconds at all tokens from which on fewer rounds will do
+DECIDING = 8  # counts at which decisions are timed
+USUAL = 0.7  # of the time at all tokens, that a count takes on average, too high rather than too low
+HEADS = 4  # numbers of heads that are timed
+LEAST_WARMUP = 1.0  # seconds
+LARGEST_MULTIPLE, FEWEST_STEPS = 32, 6
+ALIKE = 0.01  # shares of a block's time that do not count as different
+
+
+@dataclass(frozen=True)
+class Stairs:
+    """Seconds of a batch of ``batch_size`` images on one device, as a function of how many tokens each image has.
+
+    At ``counts`` of tokens, ascending to all of the model's: ``blocks`` is one block, ``feeds`` its feed-forward half, ``finish`` the
+    stream to logits (through the last block where that computes the prefix alone). ``deciding`` says, by rounds of matching, what a
+    decision adds at ``deciding_counts``. ``attention`` is the attention half of one block with all tokens and ``heads`` heads. ``begin``
+    is images to stream, ``dense`` the dense model. Between counts they are interpolated.
+    """
+
+    batch_size: int
+    prefix: int
+    skip_unread: bool
+    counts: tuple[int, ...]
+    blocks: tuple[float, ...]
+    feeds: tuple[float, ...]
+    finish: tuple[float, ...]
+    deciding_counts: tuple[int, ...]
+    deciding: Mapping[str, tuple[float, ...]]
+    heads: tuple[int, ...]
+    attention: tuple[float, ...]
+    begin: float
+    dense: float
+
+    def seconds(self, plan: Plan, fed: NDArray[np.int64], heads: NDArray[np.int64]) -> Seconds:
+        """What a batch of such images takes, ``[images]``.
+
+        With n_l tokens attending and m_l fed in block l, h_l heads, and D the blocks that decide,
+
+            begin + sum_l [(block(n_l) - feed(n_l)) a(h_l) / a(H) + feed(m_l)] + sum_(l in D) deciding(n_l) + finish(n)
+
+        Args:
+            plan: that was run.
+            fed: ``[images, depth]`` tokens fed to each block's MLP.
+            heads: ``[images, depth]`` heads that each block ran.
+        """
+        attended = np.concatenate([np.full((len(fed), 1), self.counts[-1]), fed[:, :-1]], axis=1)
+        last = fed.shape[1] - 1 if self.skip_unread else fed.shape[1]
+        total: Seconds = np.full(len(fed), self.begin)
+        used = np.interp(heads, self.heads, self.attention) / self.attention[-1]
+        for block in range(last):
+            own = self._at(self.blocks, attended[:, block]) - self._at(self.feeds, attended[:, block])
+            total += own * used[:, block] + self._at(self.feeds, fed[:, block])
+        rounds = str(plan.pricing.rounds) if plan.pricing is not None and str(plan.pricing.rounds) in self.deciding else None
+        for cut in plan.tokens:
+            if cut.block < last and self.deciding:
+                seconds = self.deciding[rounds or next(iter(self.deciding))]
+                total += np.interp(attended[:, cut.block], self.deciding_counts, seconds)
+        return total + self._at(self.finish, attended[:, -1] if self.skip_unread else fed[:, -1])
+
+    def multiple(self, usual: int) -> int:
+        """Of what the counts of images that differ should be multiples: where the edges of the stairs are.
+
+        Of the powers of two the smallest whose multiples take, on average, nearly as little beside the trend (a parabola through all
+        counts) as those of any other. In batches of several images no less than ``usual``: images of equal counts run together.
+
+        Example:
+            >>> flat = (0.0,) * 128
+            >>> steps = tuple(float(-(-count // 16)) for count in range(1, 129))
+            >>> Stairs(1, 1, True, tuple(range(1, 129)), steps, flat, flat, (1, 128), {}, (1,), (1.0,), 0.0, 1.0).multiple(8)
+            16
+        """
+        counts, seconds = np.array(self.counts), np.array(self.blocks)
+        beside = seconds / np.polyval(np.polyfit(counts, seconds, 2), counts) - 1 if len(counts) > 3 else np.zeros(len(counts))
+        powers = [1 << power for power in range(LARGEST_MULTIPLE.bit_length()) if 1 << power <= counts[-1] // FEWEST_STEPS]
+        gains = {power: float(beside[counts % power == 0].mean()) for power in powers if (counts % power == 0).any()}
+        found = min((power for power, gain in gains.items() if gain <= min(gains.values()) + ALIKE), default=1)
+        return found if self.batch_size == 1 else max(found, usual)
+
+    def landing(self, count: int) -> int:
+        """The largest count of tokens that takes no longer than ``count``: on stairs that is the edge of the step.
+
+        Example:
+            >>> flat, steps = (0.0,) * 4, (1.0, 3.0, 2.0, 4.0)
+            >>> stairs = Stairs(1, 1, True, (10, 15, 16, 20), steps, flat, flat, (10, 20), {}, (1,), (1.0,), 0.0, 1.0)
+            >>> stairs.landing(15), stairs.landing(16), stairs.landing(12)
+            (16, 16, 12)
+        """
+        now = float(np.interp(count, self.counts, self.blocks))
+        return max(
+            (other for other, seconds in zip(self.counts, self.blocks, strict=True) if other > count and seconds <= now), default=count
+        )
+
+    def _at(self, seconds: Sequence[float], counts: NDArray[np.int64]) -> Seconds:
+        return np.interp(counts, self.counts, seconds)
+
+    def plain(self) -> dict[str, Any]:
+        """In plain values; :meth:`of` gives it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Stairs:
+        """From what :meth:`plain` gave; KeyError, TypeError or ValueError from anything else."""
+        found: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            value = values[field.name]
+            found[field.name] = tuple(value) if isinstance(value, list) else value
+        found["deciding"] = {str(rounds): tuple(map(float, each)) for rounds, each in found["deciding"].items()}
+        stairs = cls(**found)
+        columns = (stairs.blocks, stairs.feeds, stairs.finish)
+        if not stairs.counts or any(len(each) != len(stairs.counts) for each in columns) or not 0 < float(stairs.dense) < np.inf:
+            raise ValueError("these are no stairs")
+        return stairs
+
+
+def measure_stairs(
+    model: OpenModel,
+    images: Tensor,
+    decisions: Sequence[Decision],
+    *,
+    seconds: float = 60.0,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Callable[[int, int], None] | None = None,
+) -> Stairs:
+    """Time a model's pieces at as many counts of tokens as ``seconds`` allow, forwards and backwards in turns.
+
+    Every count runs all blocks one after the other, as a forward does, so that their weights come from where they come from then.
+
+    Args:
+        model: the dense model, on the device.
+        images: a batch ``[images, channels, height, width]`` there.
+        decisions: that plans may make on tokens, which differ in rounds alone; none where only heads go.
+        seconds: that it may take, about.
+        clock: seconds that only grow.
+        progress: told (round, rounds).
+
+    Raises:
+        UsageError: decisions differ in more than rounds.
+    """
+    if len({(each.combine, each.rank) for each in decisions}) > 1:
+        raise UsageError("Stairs are of one way of letting tokens go; measure others on their own.")
+    variants = [Pieces(model.host.module, model.ref, each) for each in decisions] or [Pieces(model.host.module, model.ref, None)]
+    with torch.inference_mode():
+        return _Walk(variants, model, images, clock).measure(seconds, progress)
+
+
+class _Walk:
+    """Up and down the counts, timing what a model does at each."""
+
+    def __init__(self, variants: Sequence[Pieces], model: OpenModel, images: Tensor, clock: Callable[[], float]) -> None:
+        self.variants, self.pieces, self.model, self.images, self.clock = variants, variants[0], model, images, clock
+        self.full, self.prefix = model.ref.anatomy.tokens, model.ref.anatomy.prefix_tokens
+        self.taken: dict[tuple[str, int], list[float]] = {}
+        self.streams: dict[int, Stream] = {}
+        heads = model.ref.anatomy.heads
+        grid = sorted({max(1, round(heads * step / HEADS)) for step in range(1, HEADS + 1)})
+        self.with_heads = {count: self.pieces.with_heads(count) for count in grid if count < heads and model.host.heads_removable}
+
+    def measure(self, seconds: float, progress: Callable[[int, int], None] | None) -> Stairs:
+        """Warm up, choose the counts, walk."""
+        settle({"dense": self._dense, "blocks": lambda: self.pieces.through(self._stream(self.full))}, least_seconds=LEAST_WARMUP)
+        counts, rounds = self._counts(seconds)
+        deciding = sorted({counts[place * (len(counts) - 1) // (DECIDING - 1)] for place in range(DECIDING)})
+        for number in range(rounds):
+            for count in counts if number % 2 else reversed(counts):
+                self._time_count(count, count in deciding)
+            if progress:
+                progress(number + 1, rounds)
+        depth, found = self.pieces.depth, {key: float(np.median(times)) for key, times in self.taken.items()}
+        blocks, feeds = (tuple(found[name, count] / depth for count in counts) for name in ("blocks", "feeds"))
+        finish = tuple(found["finish", count] for count in counts)
+        heads = (*self.with_heads, self.model.ref.anatomy.heads)
+        passes = [found["heads", count] / depth for count in self.with_heads] + [blocks[-1]]
+        attention = tuple(each - feeds[-1] for each in passes)
+        added = self._added(found, deciding, dict(zip(counts, feeds, strict=True)))
+        begin, dense = found["begin", self.full], found["dense", self.full]
+        skips = self.pieces.skip_unread
+        return Stairs(
+            len(self.images), self.prefix, skips, counts, blocks, feeds, finish, tuple(deciding), added, heads, attention, begin, dense
+        )
+
+    def _counts(self, seconds: float) -> tuple[tuple[int, ...], int]:
+        """All counts, or the multiples of two, four and so on, with the fewest and the most; and how many rounds to walk them."""
+        for _ in range(2):  # the first time is not like the others
+            started = self.clock()
+            self._time_count(self.full, True)
+        whole, least = self.clock() - started, self.prefix + 1
+        self.taken.clear()
+        rounds, step = FEWER_ROUNDS if whole > LONG else ROUNDS, 1
+        while rounds * whole * USUAL * (self.full - least) / step > seconds and step < self.full // 8:
+            step *= 2
+        return tuple(sorted({*range(-(-least // step) * step, self.full, step), least, self.full})), rounds
+
+    def _time_count(self, count: int, also_deciding: bool) -> None:
+        self._timed("blocks", count, self.pieces.through)
+        self._timed("feeds", count, self.pieces.feed)
+        self._timed("finish", count, self.pieces.finish)
+        if not also_deciding:
+            return
+        self._timed("begin", self.full, lambda _: self.pieces.begin(self.images))
+        self._timed("dense", self.full, lambda _: self._dense())
+        for heads, blocks in self.with_heads.items() if count == self.full else ():
+            self._timed("heads", heads, partial(self.pieces.through, blocks=blocks), self.full)
+        for pieces in self.variants:
+            if pieces.decision is not None and (gone := self._leaving(count)):
+                self._timed(f"decided in {pieces.decision.rounds}", count, partial(pieces.decide, remove=gone))
+        if self.pieces.decision is not None and self._leaving(count):
+            self._timed("undecided", count, partial(self.pieces.decide, remove=None))
+
+    def _leaving(self, count: int) -> int:
+        return (count - self.prefix) // SHARE
+
+    def _timed(self, name: str, key: int, job: Callable[[Stream], object], count: int | None = None) -> None:
+        stream = self._stream(key if count is None else count)
+        self._wait()
+        started = self.clock()
+        job(stream)
+        self._wait()
+        self.taken.setdefault((name, key), []).append(self.clock() - started)
+
+    def _stream(self, count: int) -> Stream:
+        """A stream that may be written to."""
+        if count not in self.streams:
+            self.streams[count] = self.pieces.stream(len(self.images), count, self.images.device)
+        return dataclasses.replace(self.streams[count], rows=self.streams[count].rows.clone())
+
+    def _dense(self) -> Tensor:
+        logits: Tensor = self.model.host.module(self.images)
+        return logits
+
+    def _wait(self) -> None:
+        if self.images.is_cuda:
+            torch.cuda.synchronize(self.images.device)
+
+    def _added(self, found: Mapping[tuple[str, int], float], counts: list[int], feeds: Mapping[int, float]) -> dict[str, tuple[float, ...]]:
+        """What a decision adds to a block: its time less that without, and less than that by what feeding fewer tokens saves."""
+        added = {}
+        for pieces in self.variants:
+            if pieces.decision is None:
+                continue
+            seconds = []
+            for count in counts:
+                if not (gone := self._leaving(count)):
+                    seconds.append(0.0)
+                    continue
+                saved = feeds[count] - float(np.interp(count - gone, list(feeds), list(feeds.values())))
+                seconds.append(max(0.0, found[f"decided in {pieces.decision.rounds}", count] - found["undecided", count] + saved))
+            added[str(pieces.decision.rounds)] = tuple(seconds)
+        return added

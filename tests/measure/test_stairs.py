@@ -1,0 +1,124 @@
+"""The staircase on a clock that counts work instead of time: what it foretells of a whole run must then be true to the last digit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from hesper.errors import UsageError
+from hesper.graft import graft
+from hesper.graft.pieces import Decision
+from hesper.hosts.open import OpenModel, wrap
+from hesper.measure.stairs import Stairs, measure_stairs
+from hesper.plan import HeadCut, Plan, Pricing, TokenCut, empty_plan
+
+RANK = 4
+
+
+class Work:
+    """Counts the multiply-accumulates of every linear layer that runs, by hooks of torch's own."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def __enter__(self) -> Work:
+        def count(module: nn.Module, inputs: tuple[Tensor, ...], _: object) -> None:
+            if isinstance(module, nn.Linear):
+                self.done += inputs[0].numel() // module.in_features * module.in_features * module.out_features
+
+        self.hook = nn.modules.module.register_module_forward_hook(count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hook.remove()
+
+    def clock(self) -> float:
+        return float(self.done)
+
+
+@pytest.fixture(scope="module")
+def model() -> OpenModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return wrap("test_vit", timm.create_model("test_vit", num_classes=5).eval())
+
+
+def measured(model: OpenModel, images: int = 1, decisions: tuple[Decision, ...] = (Decision("merge", 1, RANK),)) -> Stairs:
+    with Work() as work:
+        return measure_stairs(model, torch.randn(images, 3, 160, 160), decisions, seconds=1e18, clock=work.clock)
+
+
+def plan_of(model: OpenModel, cuts: dict[int, int], heads: tuple[HeadCut, ...] = ()) -> Plan:
+    blank = dataclasses.replace(empty_plan(model.ref.name, model.ref.anatomy), skip_unread=bool(cuts), heads=heads)
+    pricing = Pricing("kl", 1.0, 1, RANK, 0.35, 1)
+    tokens = tuple(TokenCut(block, "merge", remove=remove) for block, remove in cuts.items())
+    return dataclasses.replace(blank, pricing=pricing, tokens=tokens)
+
+
+def tables(model: OpenModel, plan: Plan) -> dict[str, Tensor]:
+    width, heads = model.ref.anatomy.width, model.ref.anatomy.heads
+    found = {}
+    for cut in plan.tokens:
+        found |= {f"{cut.block}.root": torch.randn(width, RANK), f"{cut.block}.router.direction": torch.zeros(width)}
+        found |= {f"{cut.block}.router.attention": torch.zeros(heads), f"{cut.block}.router.offset": torch.zeros(())}
+        found |= {f"{cut.block}.router.mean_attention": torch.zeros(heads)}
+    return found
+
+
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("cuts", [{1: 20}, {0: 5, 2: 30}, {3: 11}])
+def test_what_it_foretells_is_what_a_whole_run_does(model: OpenModel, images: int, cuts: dict[int, int]) -> None:
+    stairs, plan = measured(model, images), plan_of(model, cuts)
+    cut = graft(model.host.module, plan, tables(model, plan), check_weights=False)
+    with Work() as work, torch.inference_mode():
+        outcome = cut.run(torch.randn(images, 3, 160, 160))
+    foretold = stairs.seconds(plan, outcome.traffic.fed, outcome.traffic.heads)
+    assert foretold == pytest.approx(np.full(images, work.done))
+
+
+def test_it_knows_the_dense_model_and_every_count(model: OpenModel) -> None:
+    stairs = measured(model, 2)
+    with Work() as work, torch.inference_mode():
+        model.host.module(torch.randn(2, 3, 160, 160))
+    assert stairs.dense == work.done and stairs.batch_size == 2
+    assert stairs.counts == tuple(range(2, model.ref.anatomy.tokens + 1))
+    assert list(stairs.blocks) == sorted(stairs.blocks) and stairs.deciding.keys() == {"1"}
+
+
+def test_heads_that_left_take_no_time(model: OpenModel) -> None:
+    anatomy = model.ref.anatomy
+    stairs = measured(model, 1, ())
+    plan = plan_of(model, {}, (HeadCut(1, (0,)), HeadCut(2, tuple(range(anatomy.heads - 1)))))
+    cut = graft(model.host.module, plan, check_weights=False)
+    with Work() as work, torch.inference_mode():
+        outcome = cut.run(torch.randn(1, 3, 160, 160))
+    assert stairs.seconds(plan, outcome.traffic.fed, outcome.traffic.heads) == pytest.approx([work.done])
+
+
+def test_between_counts_it_is_interpolated_and_little_time_means_few_counts(model: OpenModel) -> None:
+    with Work() as work:
+        coarse = measure_stairs(model, torch.randn(1, 3, 160, 160), (Decision("merge", 1, RANK),), seconds=0.0, clock=work.clock)
+    fine = measured(model)
+    assert len(coarse.counts) < 20 and coarse.counts[-1] == fine.counts[-1]
+    plan, fed = plan_of(model, {1: 20}), np.array([[101, 77, 77, 77, 77, 1]])[:, -model.ref.anatomy.depth :]
+    heads = np.full_like(fed, model.ref.anatomy.heads)
+    assert coarse.seconds(plan, fed, heads) == pytest.approx(fine.seconds(plan, fed, heads), rel=1e-3)
+
+
+def test_in_plain_values_and_back(model: OpenModel) -> None:
+    stairs = measured(model)
+    assert Stairs.of(json.loads(json.dumps(stairs.plain()))) == stairs
+    for broken in ({**stairs.plain(), "counts": ()}, {**stairs.plain(), "dense": 0.0}, {}, {**stairs.plain(), "deciding": [1]}):
+        with pytest.raises((ValueError, KeyError, TypeError, AttributeError)):
+            Stairs.of(broken)
+
+
+def test_two_ways_of_letting_tokens_go_are_refused(model: OpenModel) -> None:
+    with pytest.raises(UsageError, match="one way"):
+        measure_stairs(model, torch.randn(1, 3, 160, 160), (Decision("merge", 1, 4), Decision("drop", 1, 4)))
