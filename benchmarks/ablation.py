@@ -26,9 +26,10 @@ from hesper.heart.calibrate import calibration
 from hesper.heart.criteria import Criterion
 from hesper.heart.family import STAGES, Counts, Family, Heads, Stages, deciding_blocks
 from hesper.heart.fit import Tables, fit_tables, survey
-from hesper.heart.prune import FIT_SHARE, MOST_FIT_IMAGES, TUNE_IMAGES, Settings
+from hesper.heart.prune import FIT_SHARE, MOST_FIT_IMAGES, TUNE_IMAGES
 from hesper.heart.refine import refine
 from hesper.heart.refit import RefitSums
+from hesper.heart.settings import Settings
 from hesper.measure.evaluate import dense_logits, evaluate
 from hesper.plan import Combine, Pricing, Schedule, empty_plan
 

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from hesper.benchmark import bench
     from hesper.exporting import export
     from hesper.heart.criteria import Criterion
-    from hesper.heart.prune import Settings
+    from hesper.heart.settings import Settings
     from hesper.hosts.open import open_model
 
 _DOORS = {
     "Criterion": "hesper.heart.criteria",
-    "Settings": "hesper.heart.prune",
+    "Settings": "hesper.heart.settings",
     "bench": "hesper.benchmark",
     "evaluate": "hesper.api",
     "export": "hesper.exporting",

@@ -19,8 +19,9 @@ from hesper.device import use_device
 from hesper.errors import HesperError, JobError, UsageError
 from hesper.graft import GraftedViT, graft
 from hesper.heart.gallery import choose_images, make_gallery, save_gallery
-from hesper.heart.prune import Pruned, Settings
+from hesper.heart.prune import Pruned
 from hesper.heart.prune import prune as prune_model
+from hesper.heart.settings import Settings
 from hesper.hosts import open_host
 from hesper.hosts.open import HF, OpenModel, check_rebuildable, open_model
 from hesper.measure.evaluate import Evaluation, join, measure

@@ -14,7 +14,8 @@ import hesper as package
 from cli_helpers import NAME, QUICK, hesper, sentence, write_images
 from hesper.cli import main
 from hesper.cli.options import declined
-from hesper.heart.family import steps_of
+from hesper.cli.prune import BLOCKS
+from hesper.heart.family import STAGES, steps_of
 from hesper.plan import Budget
 from hesper.plan.show import render
 from hesper.runs import open_run
@@ -130,6 +131,10 @@ def test_the_command_line_and_python_ask_for_the_same_by_default() -> None:
     assert shown == {name: own[name] for name in shown} and {"rank", "gamma", "rounds", "refine", "heads", "blocks", "seed"} <= shown.keys()
     criterion = {field.name: field.default for field in dataclasses.fields(package.Criterion)}
     assert (asked["criterion"], asked["temperature"], asked["draws"]) == tuple(criterion[name] for name in ("name", "temperature", "draws"))
+
+
+def test_every_set_of_blocks_can_be_asked_for() -> None:
+    assert set(BLOCKS) == set(STAGES) and len(BLOCKS) == len(STAGES)
 
 
 def test_a_failed_evaluation_leaves_the_finished_run(tmp_path: Path, weights: Path, images: Path) -> None:

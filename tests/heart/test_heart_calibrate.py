@@ -5,10 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hesper.curvature import ImageBatch
 from hesper.graft import graft
-from hesper.heart.calibrate import calibration, mean_removed
+from hesper.heart.calibrate import calibration, landed, mean_removed
+from hesper.plan import Anatomy, TokenCut, empty_plan, validate
 from vits import cuts_of, pictures, plan_for, tables, vit
 
 DIALS = {"merge": 30.0, "drop": 2.0}
@@ -80,3 +83,32 @@ def test_mean_removed_counts_every_image():
     cut = graft(model, plan_for(model, cuts_of("merge", [0, 2], remove=3)), tables(model))
     batches = [ImageBatch(pictures(3)), ImageBatch(torch.randn(2, 3, 32, 24))]
     assert mean_removed(cut, batches) == [3.0, 3.0]
+
+
+TINY = Anatomy(12, 192, 3, 64, 768, 197, 1, 1000, 768, (224, 224), (14, 14), False)
+
+
+@given(
+    removed=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    edges=st.lists(st.integers(2, 197), max_size=12),
+    combine=st.sampled_from(["merge", "drop"]),
+)
+def test_counts_land_where_the_device_says_and_remain_a_plan(removed, edges, combine):
+    def landing(count):
+        return min((edge for edge in edges if count < edge <= count + 15), default=count)
+
+    cuts = tuple(TokenCut(2 * index, combine, remove=count) for index, count in enumerate(removed))
+    plan = empty_plan("tiny", TINY)
+    after = landed(cuts, plan, TINY, landing)
+    validate(replace(plan, tokens=after))
+    left = wanted = 197
+    for cut, moved in zip(cuts, after, strict=True):
+        wanted -= cut.remove
+        before, left = left, left - moved.remove
+        most = (before - 1) // 2 if combine == "merge" else before - 2
+        assert left == max(min(landing(wanted), before), before - most) and left >= wanted
+
+
+def test_thresholds_do_not_land():
+    cuts = (TokenCut(3, "merge", threshold=0.1),)
+    assert landed(cuts, empty_plan("tiny", TINY), TINY, lambda count: 197) == cuts

@@ -23,7 +23,7 @@ from hesper.heart.gate_fit import PENALTIES, ROUNDING, GateFit
 from hesper.heart.gated import HEAD_GATES, TOKEN_SHIFTS, gated_forward, ones
 from hesper.heart.lenses import gated_lens
 from hesper.heart.price import plan_price, plan_step
-from hesper.heart.prune import Settings
+from hesper.heart.settings import Settings
 from hesper.hosts import open_host
 from hesper.plan import Budget, HeadCut, HeadGate, empty_plan
 from oracles import dense_hessian

@@ -19,7 +19,7 @@ from hesper.errors import JobError, UsageError
 from hesper.graft import GraftedViT
 from hesper.graft.pieces import Decision
 from hesper.heart.device import Check, Machine
-from hesper.heart.prune import Settings
+from hesper.heart.settings import Settings
 from hesper.hosts.open import OpenModel
 from hesper.measure.evaluate import evaluate
 from hesper.measure.fingerprint import Fingerprint, fingerprint

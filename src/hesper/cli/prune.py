@@ -28,13 +28,24 @@ from hesper.errors import UsageError
 from hesper.parallel import leads
 
 if TYPE_CHECKING:
-    from hesper.heart.prune import Settings
+    from hesper.heart.settings import Settings
     from hesper.plan import Budget
     from hesper.runs import RunFolder
 
 __all__ = ["prune", "summary", "write_report_in"]
 
-BLOCKS = ("every", "every-early", "alternate", "alternate-middle", "alternate-early", "third-middle", "third-early", "once-early")
+BLOCKS = (
+    "every",
+    "every-early",
+    "alternate",
+    "alternate-middle",
+    "alternate-early",
+    "third-middle",
+    "third-early",
+    "once",
+    "once-early",
+    "once-first",
+)
 BUDGETS = {
     "macs": "--macs",
     "loss": "--loss-budget",
@@ -254,7 +265,7 @@ def _budget_kind(options: dict[str, Any]) -> str:
 
 def _settings(options: dict[str, Any], kind: str) -> Settings:
     from hesper.heart.criteria import Criterion
-    from hesper.heart.prune import Settings
+    from hesper.heart.settings import Settings
 
     tokens = ("combine", "counts", "schedule", "tokens", "rank", "gamma", "rounds", "multiple", "refit", "refine", "blocks")
     plain = (*tokens, "heads", "batch_size", "seed", "device_batch")

@@ -16,7 +16,7 @@ from hesper import api
 from hesper.data import open_folder
 from hesper.demo.digits import write_digits
 from hesper.demo.train import ARCHITECTURE, SMALL, all_images, train, untrained
-from hesper.heart.prune import Settings
+from hesper.heart.settings import Settings
 from hesper.hosts.open import OpenModel, open_model, wrap
 from hesper.measure.timing import Comparison, compare
 from hesper.plan import Budget

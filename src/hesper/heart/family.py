@@ -15,10 +15,23 @@ from hesper.plan import Anatomy, Combine, HeadCut, HeadGate, Plan, TokenCut
 
 Counts = Literal["adaptive", "fixed"]
 Heads = Literal["none", "static", "adaptive"]
-Stages = Literal["once-early", "third-early", "third-middle", "alternate-early", "alternate-middle", "alternate", "every-early", "every"]
+Stages = Literal[
+    "once-first",
+    "once-early",
+    "once",
+    "third-early",
+    "third-middle",
+    "alternate-early",
+    "alternate-middle",
+    "alternate",
+    "every-early",
+    "every",
+]
 # Step from one deciding block to the next, and the shares of the depth where deciding begins and ends.
 STAGES: dict[Stages, tuple[int, float, float]] = {
-    "once-early": (1, 1 / 6, 1 / 4),
+    "once-first": (1, 0.0, 1 / 12),
+    "once-early": (1, 1 / 12, 1 / 6),
+    "once": (1, 1 / 6, 1 / 4),
     "third-early": (3, 1 / 12, 1 / 2),
     "third-middle": (3, 1 / 4, 2 / 3),
     "alternate-early": (2, 0.0, 2 / 3),
@@ -29,7 +42,7 @@ STAGES: dict[Stages, tuple[int, float, float]] = {
 }
 # Where a decision matches in more than one round, deciding in every block gains nothing over every other one.
 # Sets that decide once or twice are for devices on which a decision takes as long as a block.
-RARE: tuple[Stages, ...] = ("once-early", "third-early")
+RARE: tuple[Stages, ...] = ("once-first", "once-early", "once", "third-early")
 SPARSE: tuple[Stages, ...] = ("third-middle", "alternate-early", "alternate-middle", "alternate")
 # What a decision on tokens and each of its rounds of matching take: shares of ViT-Tiny's dense time in batches of 32 on two cores.
 # A wider model spends more on everything else, and a deeper one is run through more blocks. A gate is charged like a decision.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -16,20 +16,19 @@ from hesper.errors import OutOfReach, UsageError
 from hesper.graft import GraftedViT, graft
 from hesper.heart.budget import Chosen, Improvement, check_sample, choose
 from hesper.heart.calibrate import Calibration, calibration, landed
-from hesper.heart.criteria import Criterion, check_prices_heads
 from hesper.heart.device import Check, Device, Machine, met
-from hesper.heart.family import RARE, SPARSE, STAGES, Counts, Family, Heads, Stages, deciding_blocks, steps_of
+from hesper.heart.family import RARE, SPARSE, STAGES, Family, Heads, Stages, deciding_blocks, steps_of
 from hesper.heart.fit import Atlas, FitSums, SurveySums, Tables
 from hesper.heart.passes import Passes, Report, StoredLogits
 from hesper.heart.placement import Trial
 from hesper.heart.price import plan_price
 from hesper.heart.refit import RefitSums
+from hesper.heart.settings import Settings
 from hesper.heart.spending import Spending, spending_of
 from hesper.hosts.open import OpenModel
-from hesper.kinds import check_kinds
 from hesper.measure.evaluate import Evaluation, estimate
 from hesper.parallel import Alone, Team, jointly
-from hesper.plan import Budget, Combine, Estimate, OnDevice, Plan, Pricing, Provenance, Schedule, check_budget, on_device
+from hesper.plan import Estimate, OnDevice, Plan, Pricing, Provenance, on_device
 from hesper.runs import utc_now
 from hesper.version import __version__
 from hesper.work import KeptNowhere, Work
@@ -39,56 +38,6 @@ MOST_FIT_IMAGES = 512
 TUNE_IMAGES = 128
 SURVEY_IMAGES = 64
 LEAST_FIT_IMAGES = 64  # for what is learned after the search: fewer teach too little
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to prune.
-
-    ``rank``, ``gamma`` and ``rounds`` shape merging, whose prices are fitted again on the cut model where ``refit`` says so and which is
-    refined in ``refine`` epochs (0: not at all); ``blocks`` says which blocks may let tokens go. "auto" measures which blocks, and one
-    or two rounds. Adaptive counts are multiples of ``multiple``; "auto" takes :func:`~hesper.heart.family.steps_of` the model, or 1 where
-    that cannot keep the budget.
-    """
-
-    budget: Budget
-    criterion: Criterion = field(default_factory=Criterion)
-    combine: Combine = "merge"
-    counts: Counts = "adaptive"
-    schedule: Schedule = "asymmetric"
-    tokens: bool = True
-    heads: Heads = "static"
-    rank: int = 24
-    gamma: float = 0.35
-    rounds: int | Literal["auto"] = "auto"
-    multiple: int | Literal["auto"] = "auto"
-    refit: bool = True
-    refine: int = 5
-    blocks: Stages | Literal["auto"] = "auto"
-    batch_size: int = 32
-    seed: int = 0
-    device_batch: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuse words and numbers that mean nothing; UsageError names them."""
-        check_budget(self.budget)
-        check_kinds(self, "setting")
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"The seed is {self.seed}; it must be a whole number from 0 to 2^63 - 1.")
-        for name in ("rank", "batch_size", "rounds", "multiple", "device_batch"):
-            number = getattr(self, name)
-            if number != "auto" and number < 1:
-                raise UsageError(f"The setting {name} is {number!r}; it must be a whole number of at least 1.")
-        if not 0 <= self.gamma < float("inf"):
-            raise UsageError(f"The setting gamma is {self.gamma}; it must be a number of at least 0.")
-        if self.multiple != "auto" and (self.counts == "fixed" or not self.tokens):
-            raise UsageError("A multiple is about counts that adapt; leave it at 'auto' where counts are fixed or no tokens go.")
-        if self.refine < 0:
-            raise UsageError(f"Merging cannot be refined in {self.refine} epochs; use 0 for not at all.")
-        if self.heads == "adaptive":
-            check_prices_heads(self.criterion)
-            if self.counts == "fixed":
-                raise UsageError("Fixed counts promise every image the same work, which heads that adapt break; use --heads static.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +141,7 @@ class _Job:
         started = self._clock("search", started)
         checks: tuple[OnDevice, ...] = ()
         if self.machine is not None:
-            chosen, checks = self._meet(chosen)
+            chosen, checks = self._meet(chosen, lambda: self._search(tables, atlas))
             started = self._clock("check", started)
         tables = chosen.family.tables
         grafted = graft(host.module, chosen.plan, tables.tensors, check_weights=False)
@@ -235,8 +184,8 @@ class _Job:
         self.machine = self.team.first(None if self.device is None else self.device.machine)
         self.spending = spending_of(self.settings.budget, None if self.machine is None else self.machine.stairs)
 
-    def _meet(self, chosen: Chosen) -> tuple[Chosen, tuple[OnDevice, ...]]:
-        """The plan placed where the device takes what the budget allows."""
+    def _meet(self, chosen: Chosen, search: Callable[[], Chosen]) -> tuple[Chosen, tuple[OnDevice, ...]]:
+        """The plan placed where the device takes what the budget allows; where its family cannot be, all are searched once more."""
         tune, prove = self._trial("tune"), self._trial("verify")
 
         def check(chosen: Chosen) -> Check:
@@ -245,7 +194,11 @@ class _Job:
             return self.team.first(jointly(self.team, lambda: None if self.device is None else self.device.check(model)))  # type: ignore[return-value]
 
         def again(before: Chosen, spending: Spending) -> Chosen:
-            after = choose([before.family], self.settings.budget, tune, prove, spending=spending, start=before.dial)
+            self.spending = spending
+            try:
+                after = choose([before.family], self.settings.budget, tune, prove, spending=spending, start=before.dial)
+            except OutOfReach:
+                return search()
             return replace(after, attempts=before.attempts, contenders=before.contenders)
 
         assert self.machine is not None

@@ -207,9 +207,9 @@ class _Walk:
 
     def _counts(self, seconds: float) -> tuple[tuple[int, ...], int]:
         """All counts, or the multiples of two, four and so on, with the fewest and the most; and how many rounds to walk them."""
-        for _ in range(2):  # the first time is not like the others
+        for also_deciding in (True, False):  # the first time is not like the others
             started = self.clock()
-            self._time_count(self.full, True)
+            self._time_count(self.full, also_deciding)
         whole, least = self.clock() - started, self.prefix + 1
         self.taken.clear()
         rounds, step = FEWER_ROUNDS if whole > LONG else ROUNDS, 1
