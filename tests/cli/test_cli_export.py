@@ -21,7 +21,7 @@ from hesper.exporting.notes import KEY
 from hesper.exporting.tensorrt import refused_by_tensorrt
 from hesper.runs import open_run
 
-FAST = ("--threads", 1, "--rounds", 3, "--meter", "none")
+FAST = ("--threads", 1, "--rounds", 3, "--processes", 1, "--meter", "none")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from hesper.report.device_charts import Candidate, pareto_chart, pareto_front
 from hesper.report.fronts import fronts_of
 from hesper.runs import RECORD
 
-QUICK = ("--threads", 1, "--rounds", 3)
+QUICK = ("--threads", 1, "--rounds", 3, "--processes", 1)
 
 
 @pytest.fixture(scope="module")
