@@ -2,9 +2,9 @@
 
     python benchmarks/latency.py --data DATA --pairs LATENCY_RUN MACS_RUN [LATENCY_RUN MACS_RUN ...]
 
-Every run is benched beside its dense model on images of DATA/imagenet/val, in batches of the size that the first of a pair was made for, the
-two of a pair are benched beside each other, and both are evaluated on all images of DATA/imagenet/val. One JSON object a line. Let nothing
-else run meanwhile. Takes six minutes a pair on two cores.
+Every run is benched beside its dense model on images of DATA/imagenet/val, in batches of the size that the first of a pair was made for,
+the two of a pair are benched beside each other, and both are evaluated on all images of DATA/imagenet/val. One JSON object a line. Let
+nothing else run meanwhile. Takes six minutes a pair on two cores.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def share(run: Path, baseline: Path | None, size: int, images: Path) -> dict[str
 def outcome(run: Path, images: Path) -> dict[str, Any]:
     """Drift, agreement, change of top-1 and MACs on validation images."""
     summary = hesper.evaluate(run, data=images).summary()
-    return {name: summary[name] for name in ("n", "macs_ratio", "drift_kl", "drift_kl_stderr", "agreement", "top1_change", "top1_change_stderr")}
+    return {
+        name: summary[name] for name in ("n", "macs_ratio", "drift_kl", "drift_kl_stderr", "agreement", "top1_change", "top1_change_stderr")
+    }
 
 
 def main() -> None:
@@ -52,7 +54,11 @@ def main() -> None:
         plan = open_run(mine).plan
         assert plan.device is not None, f"{mine} was not made for a device"
         size = plan.device.batch_size
-        times = {"latency": share(mine, None, size, images), "macs": share(other, None, size, images), "pair": share(mine, other, size, images)}
+        times = {
+            "latency": share(mine, None, size, images),
+            "macs": share(other, None, size, images),
+            "pair": share(mine, other, size, images),
+        }
         results = {"latency": outcome(mine, images), "macs": outcome(other, images)}
         row = {"run": mine.name, "model": plan.model.name, "batch": size, "asked": plan.budget.value, "times": times, "outcomes": results}
         print(json.dumps(row), flush=True)

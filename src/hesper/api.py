@@ -96,7 +96,7 @@ def prune(
         given = {"calib": calib, "out": out, "weights": weights, "class_map": class_map, "data": data}
         paths = {name: None if path is None else str(path) for name, path in given.items()}
         name = model if isinstance(model, str) else model.ref.name
-        asked = {"model": name, **paths, "labels": labelled, "device": device, **dataclasses.asdict(settings)}
+        asked = {"model": name, **paths, "labels": labelled, "device": device, "meter": meter, **dataclasses.asdict(settings)}
     opened = open_model(model, weights=weights) if isinstance(model, str) else model
     check_rebuildable(opened)
     images = _images(calib, opened, class_map, settings.criterion.needs_labels)
@@ -107,7 +107,7 @@ def prune(
         there = _on(opened, device)
 
         def find(settings: Settings) -> ThisDevice:
-            return find_this_device(there, moved, str(calib), settings, device=device, meter=meter, progress=progress)
+            return find_this_device(there, moved, settings, device=device, meter=meter, progress=progress)
 
         pruned = prune_model(there, moved, settings, progress, crew, work, find)
         cut = pruned.model.cpu()
@@ -315,6 +315,7 @@ def _results(pruned: Pruned, images: ImageSet, skipped: Sequence[Skipped]) -> di
         "improvements": {attempt.name: dataclasses.asdict(attempt) for attempt in pruned.chosen.attempts},
         "contenders": [dataclasses.asdict(contender) for contender in pruned.chosen.contenders],
         "checks": [dataclasses.asdict(check) for check in pruned.checks],
+        "check_warnings": list(pruned.warnings),
         "classes": list(images.classes),
         "atlas": {
             "tokens": atlas.tokens.tolist(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import warnings
 
@@ -10,7 +11,7 @@ import torch
 
 from hesper.errors import UsageError
 
-__all__ = ["DEVICES", "attention_kernels", "cuda_device", "use_device"]
+__all__ = ["DEVICES", "attention_kernels", "cuda_device", "lacks_memory", "use_device"]
 
 DEVICES = ("cpu", "cuda")
 
@@ -55,3 +56,15 @@ def attention_kernels(device: str) -> tuple[str, ...]:
             torch.nn.functional.scaled_dot_product_attention(query, query, query)
             found.append(name.lower())
     return tuple(found)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error is one of the many that say that memory ran out, on the processor or a device, in torch or another runtime.
+
+    Example:
+        >>> lacks_memory(RuntimeError("CUDA out of memory")), lacks_memory(RuntimeError("CUDA error: an illegal memory access"))
+        (True, False)
+    """
+    words = ("out of memory", "allocate memory", "not enough memory", "NvMapMemAlloc", "_ALLOC_FAILED", "Failed to allocate", "bad_alloc")
+    starved = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    return starved or any(word.lower() in str(error).lower() for word in words)

@@ -290,6 +290,20 @@ def test_deciding_ends_before_the_last_blocks_and_where_nobody_reads_on():
                 assert all(block < depth - (not pooled) for block in blocks)
 
 
+def test_sets_of_one_block_have_one_in_models_of_any_depth():
+    for depth in range(2, 49):
+        anatomy = dataclasses.replace(TINY, depth=depth)
+        found = [deciding_blocks(anatomy, stages) for stages in ("once-first", "once-early", "once")]
+        assert all(len(blocks) == 1 for blocks in found) and found == sorted(found)
+    assert [deciding_blocks(TINY, stages) for stages in ("once-first", "once-early", "once")] == [(0,), (1,), (2,)]
+
+
+def test_the_time_of_gates_is_part_of_the_time_of_deciding():
+    plain, gated = family(), dataclasses.replace(family("gated"), heads="adaptive")
+    assert plain.gating_time == 0 < gated.gating_time
+    assert gated.deciding_time == pytest.approx(plain.deciding_time + gated.gating_time)
+
+
 def test_of_equal_drift_the_family_that_decides_less_wins_and_heads_are_tried_on_the_best_blocks_alone():
     fewer = dataclasses.replace(family("fewer"), blocks=(0, 2, 4, 6))
     with_heads = [dataclasses.replace(f, heads="static", name=f.name + " and heads") for f in (family("more"), fewer)]

@@ -80,3 +80,16 @@ def test_the_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert folder_of_stairs() == tmp_path / "hesper" / "stairs"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert folder_of_stairs() == Path.home() / ".cache" / "hesper" / "stairs"
+
+
+def test_a_user_without_a_home_measures_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    measure = Measure()
+    assert folder_of_stairs() is None
+    for times in (1, 2):
+        kept_or_measured(MACHINE, REF, "cpu", 1, [Decision("merge")], measure)
+        assert measure.times == times

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import timm
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hesper.errors import UsageError
@@ -122,3 +125,49 @@ def test_in_plain_values_and_back(model: OpenModel) -> None:
 def test_two_ways_of_letting_tokens_go_are_refused(model: OpenModel) -> None:
     with pytest.raises(UsageError, match="one way"):
         measure_stairs(model, torch.randn(1, 3, 160, 160), (Decision("merge", 1, 4), Decision("drop", 1, 4)))
+
+
+def stairs_of(counts: Sequence[int], seconds: Callable[[int], float], images: int = 1) -> Stairs:
+    flat = (0.0,) * len(counts)
+    blocks = tuple(seconds(count) for count in counts)
+    return Stairs(images, 1, True, tuple(counts), blocks, flat, flat, (2, 197), {}, (1,), (1.0,), 0.0, 1.0)
+
+
+@pytest.mark.parametrize("edge", [8, 16, 32])
+def test_edges_are_found_where_a_count_takes_less_than_its_neighbours(edge: int) -> None:
+    """Of tiles of which a part takes as long as a whole one, and of tiles whose rest takes more than its share."""
+    rng = np.random.default_rng(edge)
+    for shape in (lambda count: 20 + 2 * -(-count // edge), lambda count: 40 + count + 0.15 * edge * (count % edge > 0)):
+        assert stairs_of(range(2, 198), lambda count, shape=shape: shape(count) * (1 + 0.003 * rng.standard_normal())).multiple(8) == edge
+
+
+@given(slope=st.floats(0.01, 2), bend=st.floats(0, 0.005), floor=st.floats(0, 150), noise=st.floats(0, 0.01), seed=st.integers(0, 99))
+def test_smooth_curves_have_no_edges(slope: float, bend: float, floor: float, noise: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+
+    def seconds(count: int) -> float:
+        return max(20 + slope * count + bend * count**2, floor) * (1 + noise * rng.standard_normal())
+
+    assert stairs_of(range(2, 198), seconds).multiple(8) == 1
+    assert stairs_of(range(2, 198), seconds, images=32).multiple(8) == 8
+
+
+def test_counts_too_far_apart_to_see_edges_give_the_usual_multiple() -> None:
+    assert stairs_of((2, *range(16, 197, 16), 197), lambda count: float(-(-count // 16))).multiple(8) == 8
+    assert stairs_of((2, 197), float).multiple(8) == 8
+
+
+@pytest.mark.parametrize("kind", ["drop", "merge"])
+def test_pooling_models_are_timed_to_the_last_token(kind: str) -> None:
+    pooling = wrap("test_vit", timm.create_model("test_vit", num_classes=5, global_pool="avg", class_token=False).eval())
+    with Work() as work:
+        stairs = measure_stairs(pooling, torch.randn(1, 3, 160, 160), (Decision(kind, 1, RANK),), seconds=1e18, clock=work.clock)  # type: ignore[arg-type]
+    assert not stairs.skip_unread and stairs.counts[0] == 1
+    dense = np.full((1, pooling.ref.anatomy.depth), pooling.ref.anatomy.tokens)
+    heads = np.full_like(dense, pooling.ref.anatomy.heads)
+    plan = empty_plan("test_vit", pooling.ref.anatomy)
+    assert stairs.seconds(plan, dense, heads) == pytest.approx([stairs.dense])
+
+
+def test_where_only_heads_go_only_the_full_count_is_walked(model: OpenModel) -> None:
+    assert len(measured(model, 1, ()).counts) == 2

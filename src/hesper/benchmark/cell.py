@@ -41,7 +41,7 @@ class _Taken:
     power: _Power = field(default_factory=_Power)
 
 
-def cell(request: Request, processes: int, meter: Meter | None, timeout: float, progress: Progress | None = None) -> Cell:
+def cell(request: Request, processes: int, memory: bool, meter: Meter | None, timeout: float, progress: Progress | None = None) -> Cell:
     """Measure one batch size: times in several processes one after the other, memory in one process for each model.
 
     Whatever ends a process is a result; only a request that is wrong raises.
@@ -49,6 +49,7 @@ def cell(request: Request, processes: int, meter: Meter | None, timeout: float, 
     Args:
         request: with the purpose "time"; how many stretches each process makes is found here.
         processes: that take times; each is one sample of how fast the models are.
+        memory: whether to look at the peak of memory too.
         meter: one that can be read, or None for no energy.
         timeout: seconds after which the batch size is given up; what was measured by then counts.
         progress: told (stage, done, total).
@@ -68,7 +69,8 @@ def cell(request: Request, processes: int, meter: Meter | None, timeout: float, 
     series, ending, reason = {}, taken.ending, taken.reason
     for name, subject in request.subjects.items():
         one = dataclasses.replace(request, subjects={name: subject}, purpose="memory", stretches=0)
-        peak, why = (_NO_PEAK, "interrupted") if ending == "interrupted" else _memory(one, deadline, timeout, progress)
+        skip = "interrupted" if ending == "interrupted" else None if memory else "it was not asked for"
+        peak, why = (_NO_PEAK, skip) if skip else _memory(one, deadline, timeout, progress)
         if why == "interrupted":
             ending, reason = "interrupted", "the bench was interrupted"
         stretches = taken.power.energies.get(name, [])
@@ -78,9 +80,7 @@ def cell(request: Request, processes: int, meter: Meter | None, timeout: float, 
         series[name] = Series(seconds, macs, peak["host"], peak["device"], joules, counts, why, runtimes.get(name))
     idle = taken.power.idle
     watts = math.fsum(idle) / len(idle) if idle else None
-    return Cell(
-        request.batch_size, ending, reason, warmup, settled, series, times[0]["threads"], watts, None if idle else taken.power.no_idle
-    )
+    return Cell(request.batch_size, ending, reason, warmup, settled, series, times[0]["threads"], watts, taken.power.no_idle)
 
 
 def _take(request: Request, processes: int, meter: Meter | None, deadline: float, timeout: float, progress: Progress | None) -> _Taken:
@@ -157,7 +157,7 @@ def _metering(meter: Meter, seconds: float, power: _Power) -> Metered:
             finally:
                 time.sleep(2 * meter.period)  # a reading after the last stretch
                 idle = energy(sampler.trace, start, rest)
-                power.no_idle = idle.reason
+                power.no_idle = power.no_idle or idle.reason
                 power.idle += [] if idle.watts is None else [idle.watts]
                 for each in story.every("stretch"):
                     own = energy(sampler.trace, each["start"], each["end"], idle.watts)

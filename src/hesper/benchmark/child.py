@@ -7,7 +7,6 @@ is not mixed with another's.
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import json
 import os
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from hesper.benchmark.request import Request
 from hesper.benchmark.subject import Opened, images_for, open_subject
-from hesper.device import use_device
+from hesper.device import lacks_memory, use_device
 from hesper.errors import HesperError
 from hesper.measure.latency import settle
 from hesper.measure.timing import take_turns
@@ -55,7 +54,7 @@ def main() -> None:
         tell("refused", sentence=str(error), exit_code=error.exit_code)
     except Exception as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        if _lacks_memory(error):
+        if lacks_memory(error):
             tell("out of memory", sentence=first or type(error).__name__)
         else:
             tell("crashed", sentence=f"{type(error).__name__}: {first}" if first else type(error).__name__)
@@ -161,9 +160,3 @@ def _peak_of_host() -> int | None:
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return int(most if sys.platform == "darwin" else most * 1024)
     return None
-
-
-def _lacks_memory(error: Exception) -> bool:
-    words = ("out of memory", "allocate memory", "not enough memory", "NvMapMemAlloc", "_ALLOC_FAILED", "Failed to allocate", "bad_alloc")
-    starved = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-    return starved or any(word.lower() in str(error).lower() for word in words)

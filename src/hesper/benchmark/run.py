@@ -37,6 +37,7 @@ def bench(
     meter: str = "auto",
     stretch_seconds: float = 5.0,
     timeout: float = 1800.0,
+    memory: bool = True,
     progress: Progress | None = None,
 ) -> Bench:
     """Time a run folder or a dense model beside a baseline, batch size by batch size, in processes of their own.
@@ -56,6 +57,7 @@ def bench(
         meter: an energy meter's name, "auto" or "none".
         stretch_seconds: how long a model runs without a pause for its energy, once in each process and at least three times.
         timeout: seconds after which a batch size is given up.
+        memory: whether to look at the peak of memory too, in a process for each model.
         progress: told (stage, done, total).
 
     Raises:
@@ -78,7 +80,7 @@ def bench(
         for size in sorted(set(batch_sizes)):
             where = None if data is None else str(data)
             request = Request(subjects, size, where, device, threads, rounds, 0, stretch_seconds, "time")
-            cells.append(_one(request, processes, cells, read, timeout, progress))
+            cells.append(_one(request, processes, memory, cells, read, timeout, progress))
             if cells[-1].ending == "interrupted":
                 break
         named = None if read is None else f"{read.name} ({read.scope})"
@@ -87,14 +89,22 @@ def bench(
     return Bench(*words, *kinds, device, named, reason, before, fingerprint(), tuple(cells))
 
 
-def _one(request: Request, processes: int, before: Sequence[Cell], meter: Meter | None, timeout: float, progress: Progress | None) -> Cell:
+def _one(
+    request: Request,
+    processes: int,
+    memory: bool,
+    before: Sequence[Cell],
+    meter: Meter | None,
+    timeout: float,
+    progress: Progress | None,
+) -> Cell:
     """One batch size; once another is finished, what goes wrong is a result like any other, so that nothing measured is lost."""
     size = request.batch_size
     if before and before[-1].ending == "out of memory":
         smaller = next(each.batch_size for each in before if each.ending == "out of memory")
         return Cell(size, "out of memory", f"not tried: {smaller} images did not fit", 0, False, {})
     try:
-        return cell(request, processes, meter, timeout, progress)
+        return cell(request, processes, memory, meter, timeout, progress)
     except HesperError as error:
         if not any(each.series for each in before):
             raise

@@ -8,24 +8,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from hesper.artefact import save_model
-from hesper.benchmark.record import Cell, Series
+from hesper.benchmark.record import Bench, Cell, Series
 from hesper.benchmark.run import bench, card
 from hesper.benchmark.subject import timed_images
-from hesper.data import ImageSet, batches, require_readable
-from hesper.errors import JobError, UsageError
+from hesper.data import ImageSet, LoadedBatch, batches
+from hesper.device import lacks_memory
+from hesper.errors import Interrupted, JobError, UsageError
 from hesper.graft import GraftedViT
 from hesper.graft.pieces import Decision
 from hesper.heart.device import Check, Machine
+from hesper.heart.gallery import Gallery, save_gallery
 from hesper.heart.settings import Settings
 from hesper.hosts.open import OpenModel
 from hesper.measure.evaluate import evaluate
 from hesper.measure.fingerprint import Fingerprint, fingerprint
 from hesper.measure.kept_stairs import kept_or_measured
 from hesper.measure.processes import Ratio, ratio_in_turns
-from hesper.measure.stairs import measure_stairs
+from hesper.measure.stairs import Stairs, measure_stairs
 from hesper.meters import usable
 from hesper.plan import dumps
 from hesper.runs import MODEL, PLAN, new_run, seal, write_text
@@ -33,79 +36,85 @@ from hesper.runs import MODEL, PLAN, new_run, seal, write_text
 __all__ = ["ThisDevice", "find_this_device"]
 
 PROCESSES = 5
-ROUNDS = 10  # at least, of each process
+ROUNDS, CYCLES = 10, 3  # calls at least, of each process, and of each batch where they are short
+LONG = 10.0  # seconds of all batches from which once each will do
+LIMIT = 1800.0  # seconds for starting processes and warming up
 STRETCH_SECONDS = 5.0  # that a model runs without a pause for its energy
 BUSY = 0.1  # share of the processor's time in other jobs' hands, above which a staircase is not kept for later
 
 
 @dataclass(frozen=True, eq=False)
 class ThisDevice:
-    """The device that this process computes on; ``data`` is where ``images`` come from, for processes that open them themselves."""
+    """The device that this process computes on, and images, decoded, that are timed on it."""
 
     machine: Machine
     opened: OpenModel
-    images: ImageSet
-    data: str
+    timed: tuple[LoadedBatch, ...]
     settings: Settings
     device: str
     meter: str
+    warnings: tuple[str, ...] = ()
 
     def check(self, model: GraftedViT) -> Check:
         """Run a cut model beside the dense one in processes of their own, as ``hesper bench`` does.
 
         Raises:
-            JobError: it did not come to an end, or energy could not be read.
+            Interrupted: it did not come to an end, or energy could not be read.
         """
-        size, kind = self.settings.device_batch, self.settings.budget.kind
-        places = timed_images(len(self.images), size)
-        each = -(-len(places) // size)  # batches
-        rounds = each * max(1, -(-ROUNDS // each))  # every image as often as every other
+        size, kind, dense = self.settings.device_batch, self.settings.budget.kind, self.machine.stairs.dense
+        each = max(2, -(-sum(len(batch.images) for batch in self.timed) // size))  # batches that a process makes of the images
+        rounds = each * max(CYCLES if each * dense < LONG else 1, -(-ROUNDS // each))  # every image as often as every other
+        if self.device == "cuda":
+            torch.cuda.empty_cache()  # the processes need the same card
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder) / "run"
             self._write(run, model)
             found = bench(
                 run,
                 batch_sizes=(size,),
-                data=self.data,
                 device=self.device,
                 threads=self.machine.threads,
                 rounds=rounds,
                 processes=PROCESSES,
                 meter=self.meter if kind == "energy" else "none",
                 stretch_seconds=STRETCH_SECONDS,
+                timeout=LIMIT + 4 * PROCESSES * rounds * dense,
+                memory=False,
             )
         (cell,) = found.cells
         if cell.ending == "interrupted":
             raise KeyboardInterrupt
         if cell.ending != "done":
-            raise JobError(f"The pruned model could not be measured on this device: {cell.ending} ({cell.reason}).")
-        share = self._share(cell)
-        loader = batches(self.images, min(size, self.settings.batch_size), indices=places)
-        evaluation = evaluate(model, self.opened.host.module, loader)
-        return Check(share.ratio, share.low, share.high, share.processes, evaluation)
+            raise Interrupted(
+                f"The pruned model could not be measured on this device: {cell.ending} ({cell.reason}); run the same command again, which "
+                "goes on from here."
+            )
+        share = self._share(found, cell, each)
+        evaluation = evaluate(model, self.opened.host.module, self.timed)
+        return Check(share.ratio, share.low, share.high, share.processes, evaluation, (*self.warnings, *found.warnings))
 
     def _write(self, run: Path, model: GraftedViT) -> None:
         cut = model if self.device == "cpu" else copy.deepcopy(model).cpu()
         with new_run(run) as folder:
             write_text(folder / PLAN, dumps(cut.plan))
             save_model(folder / MODEL, self.opened, cut)
+            save_gallery(folder, _pictures(self.opened, self.timed))
             seal(folder, "check", asked={}, results={})
 
-    def _share(self, cell: Cell) -> Ratio:
+    def _share(self, found: Bench, cell: Cell, batches: int) -> Ratio:
         """What the budget is about, of the target by what the dense model takes."""
         target, dense = cell.series["target"], cell.series["baseline"]
+        if self.settings.budget.kind == "energy":
+            return ratio_in_turns(_joules(target, found, cell), _joules(dense, found, cell))
+        mine = [[_mean(seconds, batches)] for seconds in target.processes]
         if self.settings.budget.kind == "latency":
-            return ratio_in_turns(target.processes, dense.processes)
-        if self.settings.budget.kind == "latency_ms":
-            foretold = self.machine.stairs.dense
-            return ratio_in_turns(target.processes, [[foretold] * len(times) for times in target.processes])
-        return ratio_in_turns(_joules(target, cell), _joules(dense, cell))
+            return ratio_in_turns(mine, [[_mean(seconds, batches)] for seconds in dense.processes])
+        return ratio_in_turns(mine, [[self.machine.stairs.dense]] * len(mine))
 
 
 def find_this_device(
     opened: OpenModel,
     images: ImageSet,
-    data: str,
     settings: Settings,
     *,
     device: str = "cpu",
@@ -117,7 +126,6 @@ def find_this_device(
     Args:
         opened: the dense model, on the device.
         images: that can be timed, loaded onto the device.
-        data: where they come from.
         settings: of pruning, with a budget on a device.
         device: "cpu" or "cuda".
         meter: that reads energy, where the budget is one.
@@ -135,23 +143,24 @@ def find_this_device(
                     "prunes for time."
                 )
     size, now = settings.device_batch, fingerprint()
+    timed = tuple(batches(images, settings.batch_size, indices=timed_images(len(images), size)))
     shown = None if progress is None else lambda done, total: progress("Measure this device", done, total)
 
-    def measured() -> object:
-        found = [batch.images for batch in batches(images, size, indices=timed_images(len(images), size)[:size])]
-        if not found:
-            require_readable(images, images.skipped)
-        batch = torch.cat(found)
+    def measured() -> Stairs:
+        together = torch.cat([batch.images for batch in timed])
         try:
-            pictures = batch[torch.arange(size, device=batch.device) % len(batch)]
+            pictures = together[torch.arange(size, device=together.device) % len(together)]
             return measure_stairs(opened, pictures, _decisions(settings), progress=shown)
         except (RuntimeError, MemoryError) as error:
-            if "memory" not in str(error).lower() and "alloc" not in str(error).lower():
+            if not lacks_memory(error):
                 raise
             raise JobError(f"Batches of {size} images do not fit into this device's memory; use a smaller --device-batch.") from error
 
-    stairs = kept_or_measured(now, opened.ref, device, size, _decisions(settings), measured, keep=not _busy(now))  # type: ignore[arg-type]
-    return ThisDevice(Machine(_words(now, device), torch.get_num_threads(), stairs), opened, images, data, settings, device, meter)
+    busy = now.state.get("busy")
+    doubtful = isinstance(busy, float) and busy > BUSY
+    stairs = kept_or_measured(now, opened.ref, device, size, _decisions(settings), measured, keep=not doubtful)
+    warnings = (f"other jobs took {100 * busy:.0f} % of the processor when this device was first looked at",) if doubtful else ()  # type: ignore[operator]
+    return ThisDevice(Machine(_words(now, device), torch.get_num_threads(), stairs), opened, timed, settings, device, meter, warnings)
 
 
 def _decisions(settings: Settings) -> list[Decision]:
@@ -169,14 +178,28 @@ def _words(machine: Fingerprint, device: str) -> str:
     return ", ".join(str(name) for name in names if name) or "a processor of unknown make"
 
 
-def _busy(machine: Fingerprint) -> bool:
-    busy = machine.state.get("busy")
-    return isinstance(busy, float) and busy > BUSY
+def _mean(seconds: Sequence[float], batches: int) -> float:
+    """Seconds of a batch, a mean over all of them, as images differ, of the median of its calls, as something disturbs a few of these."""
+    return float(np.mean([np.median(seconds[place::batches]) for place in range(batches)]))
 
 
-def _joules(series: Series, cell: Cell) -> Sequence[Sequence[float]]:
+def _pictures(opened: OpenModel, timed: Sequence[LoadedBatch]) -> Gallery:
+    """The images that are timed, as a run keeps those of its report, so that processes need neither find nor decode them again."""
+    anatomy = opened.ref.anatomy
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (opened.mean, opened.std))
+    images = torch.cat([batch.images.cpu() for batch in timed]) * std + mean
+    pictures = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    count, nothing = len(pictures), (0,) * len(pictures)
+    place = torch.zeros(count, anatomy.depth, anatomy.tokens - anatomy.prefix_tokens, dtype=torch.int16)
+    return Gallery(pictures, place, ("",) * count, (1.0,) * count, nothing, nothing)
+
+
+def _joules(series: Series, found: Bench, cell: Cell) -> Sequence[Sequence[float]]:
     """Joules an image, a stretch after the other as if each were a process; every process has one."""
     if not series.energies or any(each.joules is None for each in series.energies):
-        reason = next((each.reason for each in series.energies if each.joules is None), cell.no_idle_because)
-        raise JobError(f"Energy could not be read while the pruned model ran: {reason}. Try again, or prune for time with --latency.")
+        reason = next((each.reason for each in series.energies if each.joules is None), None) or cell.no_idle_because or found.meter_reason
+        raise Interrupted(
+            f"Energy could not be read while the pruned model ran ({reason}); run the same command again, which goes on from here, or "
+            "prune for time with --latency."
+        )
     return [[(each.joules or 0.0) / images] for each, images in zip(series.energies, series.images, strict=True)]

@@ -151,7 +151,7 @@ BUDGETS = {
     show_default=True,
     metavar="N|auto",
     help="Of which adaptive counts are multiples, so that images of a batch have equal ones (1: any). auto: 8 for 197 tokens, "
-    "up to 16 for more, less for fewer.",
+    "up to 16 for more, less for fewer; with a budget on this device where its steps are.",
 )
 @click.option(
     "--refit/--no-refit",
@@ -200,6 +200,8 @@ def prune(**options: Any) -> None:
     if not leads():
         return
     write_report_in(run)
+    for warning in run.entries[0].results.get("check_warnings", ()):
+        click.echo(f"hesper: {warning}", err=True)
     print_skipped([(skip["file"], skip["reason"]) for entry in run.entries for skip in entry.results["skipped"]])
     _tell(run, options["json_"])
 

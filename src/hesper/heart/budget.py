@@ -144,7 +144,7 @@ def _tried(
     compare: Callable[[Family], Trial] | None,
     improvement: Improvement,
 ) -> tuple[Placed, Attempt]:
-    """The improved family where each at its own dial, and at as many MACs, it drifts less than the family as it was."""
+    """The improved family where each at its own dial, and where both spend as much, it drifts less than the family as it was."""
     if (obstacle := improvement.obstacle(placed.family)) is not None:
         return placed, Attempt(improvement.name, False, obstacle)
     try:

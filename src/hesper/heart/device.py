@@ -14,7 +14,7 @@ from hesper.measure.evaluate import Evaluation
 from hesper.measure.stairs import Stairs
 from hesper.plan import OnDevice
 
-__all__ = ["Check", "Device", "Machine", "met"]
+__all__ = ["Check", "Device", "Machine", "Met", "met"]
 
 CHECKS = 4
 NEAR = 0.015  # of the limit: as far as what is expected of a plan may lie from it
@@ -25,7 +25,8 @@ class Check:
     """What a plan was measured to take on the device.
 
     ``share`` is of the dense model's time or energy (or of the time that its staircase says the dense model takes, where the budget is in
-    milliseconds), with its 95 % interval from ``low`` to ``high`` over ``processes``; ``evaluation`` is of the images that were timed.
+    milliseconds), with its 95 % interval from ``low`` to ``high`` over ``processes``; ``evaluation`` is of the images that were timed, and
+    ``warnings`` say what makes it doubtful.
     """
 
     share: float
@@ -33,6 +34,16 @@ class Check:
     high: float
     processes: int
     evaluation: Evaluation
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Met:
+    """A plan that was measured on its device, what every check on the way found, the last being its own, and what makes it doubtful."""
+
+    chosen: Chosen
+    checks: tuple[OnDevice, ...]
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ class Device(Protocol):
         """Run a cut model on it beside the dense one.
 
         Raises:
-            JobError: it did not run, or its energy could not be read.
+            Interrupted: it did not run, or its energy could not be read; the job may go on from here.
         """
 
 
@@ -65,12 +76,12 @@ def met(
     machine: Machine,
     check: Callable[[Chosen], Check],
     again: Callable[[Chosen, Spending], Chosen],
-) -> tuple[Chosen, tuple[OnDevice, ...]]:
-    """The plan placed where the device takes what the budget allows, and what every check on the way found.
+) -> Met:
+    """The plan placed where the device takes what the budget allows.
 
     The staircase does not know everything: how ragged batches lie, what caches hold between pieces. A check says by how much it is wrong
     for such plans, and the geometric mean over all checks so far corrects it, until what is expected of the plan lies within
-    :data:`NEAR` of the limit.
+    :data:`NEAR` of the limit or a check teaches nothing new, :data:`CHECKS` times at most.
 
     Args:
         chosen: a plan placed by what ``spending`` foretells without a correction.
@@ -82,7 +93,7 @@ def met(
     Raises:
         JobError: nothing of the family keeps the budget once it is corrected.
     """
-    errors, found = list[float](), list[OnDevice]()
+    errors, found, warnings = list[float](), list[OnDevice](), list[str]()
     corrected = spending
     while True:
         checked = check(chosen)
@@ -90,14 +101,24 @@ def met(
         expected = corrected.of(chosen.plan, checked.evaluation).mean
         errors.append(math.log(checked.share / foretold))
         found.append(_account(spending, machine, checked, foretold, expected))
-        corrected = spending.corrected(math.exp(math.fsum(errors) / len(errors)))
+        warnings += [warning for warning in checked.warnings if warning not in warnings]
+        before, corrected = corrected, spending.corrected(math.exp(math.fsum(errors) / len(errors)))
         off = corrected.of(chosen.plan, chosen.evaluation).mean / spending.limit - 1
-        if abs(off) <= NEAR or len(found) == CHECKS:
+        # Where counts fall in steps, or few images prove the plan, it lies further below the limit, and placing it again changes nothing.
+        taught_nothing = abs(corrected.correction / before.correction - 1) <= NEAR
+        if abs(off) <= NEAR or taught_nothing or len(found) == CHECKS:
             break
-        chosen = again(chosen, corrected)
-    taken = found[-1]
-    statement = _statement(taken, "" if off <= NEAR else f", above the {spending.budget.value:g} asked for")
-    return replace(chosen, measured=replace(chosen.measured, statement=statement)), tuple(found)
+        last, chosen = chosen, again(chosen, corrected)
+        if _cuts(last) == _cuts(chosen):
+            break
+    if off > NEAR:
+        warnings.append(f"the plan is expected to take {100 * off:.0f} % more than was asked for; ask for less")
+    statement = _statement(found[-1], f"Above the budget of {spending.budget.value:g}: takes" if off > NEAR else "Takes")
+    return Met(replace(chosen, measured=replace(chosen.measured, statement=statement)), tuple(found), tuple(warnings))
+
+
+def _cuts(chosen: Chosen) -> object:
+    return chosen.plan.tokens, chosen.plan.heads, chosen.plan.gates
 
 
 def _account(spending: Spending, machine: Machine, checked: Check, foretold: float, expected: float) -> OnDevice:
@@ -109,10 +130,10 @@ def _account(spending: Spending, machine: Machine, checked: Check, foretold: flo
     return OnDevice(*words, foretold, expected, measured, low, high, checked.processes)
 
 
-def _statement(taken: OnDevice, verdict: str) -> str:
+def _statement(taken: OnDevice, takes: str) -> str:
     images = "for one image" if taken.batch_size == 1 else f"for {taken.batch_size} images"
     processes = "1 process" if taken.processes == 1 else f"{taken.processes} processes"
     return (
-        f"Takes {taken.measured:.4g} {taken.unit} {images} (95 % interval {taken.low:.4g} to {taken.high:.4g} over {processes}, "
-        f"{taken.expected:.4g} expected beforehand) on {taken.device}, {taken.threads} threads{verdict}."
+        f"{takes} {taken.measured:.4g} {taken.unit} {images} (95 % interval {taken.low:.4g} to {taken.high:.4g} over {processes}, "
+        f"{taken.expected:.4g} expected beforehand) on {taken.device}, {taken.threads} threads."
     )

@@ -27,11 +27,12 @@ Stages = Literal[
     "every-early",
     "every",
 ]
+ONCE = 1 << 20  # a step out of every model
 # Step from one deciding block to the next, and the shares of the depth where deciding begins and ends.
 STAGES: dict[Stages, tuple[int, float, float]] = {
-    "once-first": (1, 0.0, 1 / 12),
-    "once-early": (1, 1 / 12, 1 / 6),
-    "once": (1, 1 / 6, 1 / 4),
+    "once-first": (ONCE, 0.0, 1 / 2),
+    "once-early": (ONCE, 1 / 12, 1 / 2),
+    "once": (ONCE, 1 / 6, 1 / 2),
     "third-early": (3, 1 / 12, 1 / 2),
     "third-middle": (3, 1 / 4, 2 / 3),
     "alternate-early": (2, 0.0, 2 / 3),
@@ -40,9 +41,9 @@ STAGES: dict[Stages, tuple[int, float, float]] = {
     "every-early": (1, 0.0, 2 / 3),
     "every": (1, 0.0, 5 / 6),
 }
-# Where a decision matches in more than one round, deciding in every block gains nothing over every other one.
-# Sets that decide once or twice are for devices on which a decision takes as long as a block.
+# Sets that decide once or rarely are for devices on which a decision takes as long as a block.
 RARE: tuple[Stages, ...] = ("once-first", "once-early", "once", "third-early")
+# Where a decision matches in more than one round, deciding in every block gains nothing over every other one.
 SPARSE: tuple[Stages, ...] = ("third-middle", "alternate-early", "alternate-middle", "alternate")
 # What a decision on tokens and each of its rounds of matching take: shares of ViT-Tiny's dense time in batches of 32 on two cores.
 # A wider model spends more on everything else, and a deeper one is run through more blocks. A gate is charged like a decision.
@@ -94,9 +95,16 @@ class Family:
     @property
     def deciding_time(self) -> float:
         """What deciding takes, as a share of the dense model's time: many small steps and memory traffic, which MACs do not show."""
-        share = DECISION_TIME * self.decisions + ROUND_TIME * self.rounds * len(self.blocks)
+        return self._deciding_time(self.decisions, self.rounds * len(self.blocks))
+
+    @property
+    def gating_time(self) -> float:
+        """The part of it that decisions on heads take."""
+        return self._deciding_time(self.decisions - len(self.blocks), 0)
+
+    def _deciding_time(self, decisions: int, rounds: int) -> float:
         anatomy = self.blank.model.anatomy
-        return share * WIDTH / anatomy.width * DEPTH / anatomy.depth
+        return (DECISION_TIME * decisions + ROUND_TIME * rounds) * WIDTH / anatomy.width * DEPTH / anatomy.depth
 
     def head_cuts(self, dial: float) -> tuple[HeadCut, ...]:
         """Heads whose price per MAC is below that of the dearest token cut: dial / MACs a token saves on average."""
@@ -137,7 +145,7 @@ def affordable_heads(prices: Tensor, anatomy: Anatomy, price_per_mac: float) -> 
 
 
 def deciding_blocks(anatomy: Anatomy, stages: Stages) -> tuple[int, ...]:
-    """The blocks that let tokens go: every, every other or every third one, up to five sixths of the depth.
+    """The blocks that let tokens go: every, every other or every third one, up to five sixths of the depth, or a single one.
 
     Where each set begins and ends says :data:`STAGES`. What the last blocks remove saves little and drifts much, what the
     first remove saves most and drifts most; fewer decisions take less time, and each sees more candidates.

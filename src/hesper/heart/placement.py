@@ -107,7 +107,7 @@ def _place_spent(
             dial = best.dial
             evaluation = best.evaluation if compare is None else compare(family)(best.plan)
             spent, drift = spending.of(best.plan, evaluation), float(evaluation.drift_kl.mean()) + IMPERCEPTIBLE * family.decisions
-            deciding = 0.0 if spending.knows_deciding else family.deciding_time
+            deciding = family.gating_time if spending.knows_deciding else family.deciding_time
             cost = spent.mean + deciding + math.log(max(drift, 1e-12)) / DRIFT_RATE
             points = [point(each.dial, each.evaluation) for each in tried]
             found.append(Placed(family, dial, _dials(family, dial, spent, tried, spending.limit), points, cost))
@@ -125,7 +125,7 @@ def _dials(family: Family, dial: float, spent: Estimate, tried: Sequence[_Try], 
     if error < ALIKE:
         return [dial]
     slope, short = _slope(tried, spent.mean), spent.mean - limit
-    steps = [min((sigmas * error + short) / slope, SAFE[0]) for sigmas in SIGMAS]
+    steps = [max(-SAFE[0], min((sigmas * error + short) / slope, SAFE[0])) for sigmas in SIGMAS]
     # Where spending falls in steps, or few images say how fast, the slope deceives, and a first dial that fails would refuse the budget.
     steps = [safe for safe in SAFE if safe > steps[0]] + steps
     return [dial * math.exp(step) for step in steps]

@@ -16,7 +16,7 @@ from hesper.errors import OutOfReach, UsageError
 from hesper.graft import GraftedViT, graft
 from hesper.heart.budget import Chosen, Improvement, check_sample, choose
 from hesper.heart.calibrate import Calibration, calibration, landed
-from hesper.heart.device import Check, Device, Machine, met
+from hesper.heart.device import Check, Device, Machine, Met, met
 from hesper.heart.family import RARE, SPARSE, STAGES, Family, Heads, Stages, deciding_blocks, steps_of
 from hesper.heart.fit import Atlas, FitSums, SurveySums, Tables
 from hesper.heart.passes import Passes, Report, StoredLogits
@@ -44,7 +44,8 @@ LEAST_FIT_IMAGES = 64  # for what is learned after the search: fewer teach too l
 class Pruned:
     """What pruning found: the chosen plan and how it did, the grafted model, its tables, and the sensitivities behind them.
 
-    ``checks`` are what plans took on the device, the last one's that of the chosen plan; none where the budget is about no device.
+    ``checks`` are what plans took on the device, the last one's that of the chosen plan, and ``warnings`` what makes them doubtful; none
+    where the budget is about no device.
     """
 
     chosen: Chosen
@@ -55,6 +56,7 @@ class Pruned:
     skipped: tuple[Skipped, ...]
     seconds: dict[str, float]
     checks: tuple[OnDevice, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def prune(
@@ -139,9 +141,10 @@ class _Job:
         started = self._clock("fit", started)
         chosen = self._search(tables, atlas)
         started = self._clock("search", started)
-        checks: tuple[OnDevice, ...] = ()
+        checks, warnings = (), ()  # type: tuple[OnDevice, ...], tuple[str, ...]
         if self.machine is not None:
-            chosen, checks = self._meet(chosen, lambda: self._search(tables, atlas))
+            found = self._meet(chosen, lambda: self._search(tables, atlas))
+            chosen, checks, warnings = found.chosen, found.checks, found.warnings
             started = self._clock("check", started)
         tables = chosen.family.tables
         grafted = graft(host.module, chosen.plan, tables.tensors, check_weights=False)
@@ -152,7 +155,7 @@ class _Job:
         grafted.plan = plan
         self._clock("price", started)
         skipped = tuple(sorted(self.passes.skipped.values(), key=lambda skip: skip.file))
-        return Pruned(replace(chosen, plan=plan), grafted, tables, atlas, verify, skipped, self.seconds, checks)
+        return Pruned(replace(chosen, plan=plan), grafted, tables, atlas, verify, skipped, self.seconds, checks, warnings)
 
     def _search(self, tables: Tables, atlas: Atlas) -> Chosen:
         """The plan of least drift that keeps the budget, on a device as its staircase foretells it."""
@@ -184,7 +187,7 @@ class _Job:
         self.machine = self.team.first(None if self.device is None else self.device.machine)
         self.spending = spending_of(self.settings.budget, None if self.machine is None else self.machine.stairs)
 
-    def _meet(self, chosen: Chosen, search: Callable[[], Chosen]) -> tuple[Chosen, tuple[OnDevice, ...]]:
+    def _meet(self, chosen: Chosen, search: Callable[[], Chosen]) -> Met:
         """The plan placed where the device takes what the budget allows; where its family cannot be, all are searched once more."""
         tune, prove = self._trial("tune"), self._trial("verify")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from hesper.errors import UsageError
 from hesper.measure.evaluate import Column, Evaluation, estimate
 from hesper.measure.stairs import Stairs
 from hesper.plan import Budget, Estimate, Plan, on_device
@@ -30,7 +31,7 @@ class Spending:
 
     @property
     def knows_deciding(self) -> bool:
-        """Whether the time that deciding takes is part of it."""
+        """Whether the time that deciding on tokens takes is part of it; gates of heads are not timed."""
         return self.stairs is not None
 
     @property
@@ -68,5 +69,14 @@ class Spending:
 
 
 def spending_of(budget: Budget, stairs: Stairs | None) -> Spending:
-    """What ``budget`` limits; ``stairs`` are needed, and heeded, only by a budget that is about a device."""
-    return Spending(budget, stairs if on_device(budget) else None)
+    """What ``budget`` limits; ``stairs`` are needed, and heeded, only by a budget that is about a device.
+
+    Raises:
+        UsageError: the dense model takes no longer than so many milliseconds.
+    """
+    found = Spending(budget, stairs if on_device(budget) else None)
+    if budget.kind == "latency_ms" and stairs is not None and found.limit >= 1:
+        raise UsageError(
+            f"The dense model takes {1000 * stairs.dense:.3g} ms here already, so {budget.value:g} ms is no budget; give less."
+        )
+    return found

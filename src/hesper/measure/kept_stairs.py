@@ -23,10 +23,13 @@ __all__ = ["folder_of_stairs", "kept_or_measured"]
 FORMAT = 1
 
 
-def folder_of_stairs() -> Path:
-    """Where staircases are kept: ``hesper/stairs`` in the user's cache folder, which XDG_CACHE_HOME names."""
+def folder_of_stairs() -> Path | None:
+    """Where staircases are kept: ``hesper/stairs`` in the user's cache folder, which XDG_CACHE_HOME names; None for a user without one."""
     named = os.environ.get("XDG_CACHE_HOME")
-    return Path(named if named and Path(named).is_absolute() else Path.home() / ".cache") / "hesper" / "stairs"
+    try:
+        return Path(named if named and Path(named).is_absolute() else Path.home() / ".cache") / "hesper" / "stairs"
+    except RuntimeError:  # in a container, for a user that the system does not know
+        return None
 
 
 def kept_or_measured(
@@ -65,7 +68,10 @@ def kept_or_measured(
         "decisions": [dataclasses.asdict(each) for each in decisions],
     }
     text = json.dumps(asked, sort_keys=True)
-    file = (folder or folder_of_stairs()) / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    place = folder or folder_of_stairs()
+    if place is None:
+        return measure()
+    file = place / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         if values["asked"] == json.loads(text):

@@ -31,7 +31,8 @@ USUAL = 0.7  # of the time at all tokens, that a count takes on average, too hig
 HEADS = 4  # numbers of heads that are timed
 LEAST_WARMUP = 1.0  # seconds
 LARGEST_MULTIPLE, FEWEST_STEPS = 32, 6
-ALIKE = 0.01  # shares of a block's time that do not count as different
+ALIKE = 0.01  # share of a block's time that does not count as a step
+NEARLY = 0.8  # of the best, that is as good
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ class Stairs:
     def multiple(self, usual: int) -> int:
         """Of what the counts of images that differ should be multiples: where the edges of the stairs are.
 
-        Of the powers of two the smallest whose multiples take, on average, nearly as little beside the trend (a parabola through all
-        counts) as those of any other. In batches of several images no less than ``usual``: images of equal counts run together.
+        A count on an edge takes less than the counts on both sides of it would let one expect. Of the powers of two whose multiples
+        do, by a hundredth at least, the smallest that does nearly as well as any; 1 where there are no stairs, ``usual`` where counts were
+        measured too far apart to see them. In batches of several images no less than ``usual``: images of equal counts run together.
 
         Example:
             >>> flat = (0.0,) * 128
@@ -97,10 +99,15 @@ class Stairs:
             16
         """
         counts, seconds = np.array(self.counts), np.array(self.blocks)
-        beside = seconds / np.polyval(np.polyfit(counts, seconds, 2), counts) - 1 if len(counts) > 3 else np.zeros(len(counts))
+        between = 1 + np.flatnonzero(np.diff(counts, 2) == 0)  # those with neighbours as far below as above
+        beside = (seconds[between - 1] + seconds[between + 1]) / 2 / seconds[between] - 1
         powers = [1 << power for power in range(LARGEST_MULTIPLE.bit_length()) if 1 << power <= counts[-1] // FEWEST_STEPS]
-        gains = {power: float(beside[counts % power == 0].mean()) for power in powers if (counts % power == 0).any()}
-        found = min((power for power, gain in gains.items() if gain <= min(gains.values()) + ALIKE), default=1)
+        edges = {power: counts[between] % power == 0 for power in powers}
+        gains = {power: float(beside[on].mean()) for power, on in edges.items() if on.any()}
+        best = max(gains.values(), default=0.0)
+        found = 1 if len(between) > counts[-1] // 3 else usual
+        if best >= ALIKE:
+            found = min(power for power, gain in gains.items() if gain >= NEARLY * best)
         return found if self.batch_size == 1 else max(found, usual)
 
     def landing(self, count: int) -> int:
@@ -184,7 +191,11 @@ class _Walk:
 
     def measure(self, seconds: float, progress: Callable[[int, int], None] | None) -> Stairs:
         """Warm up, choose the counts, walk."""
-        settle({"dense": self._dense, "blocks": lambda: self.pieces.through(self._stream(self.full))}, least_seconds=LEAST_WARMUP)
+        settle(
+            {"dense": self._dense, "blocks": lambda: self.pieces.through(self._stream(self.full))},
+            least_seconds=LEAST_WARMUP,
+            synchronise=self._wait,
+        )
         counts, rounds = self._counts(seconds)
         deciding = sorted({counts[place * (len(counts) - 1) // (DECIDING - 1)] for place in range(DECIDING)})
         for number in range(rounds):
@@ -213,6 +224,8 @@ class _Walk:
         whole, least = self.clock() - started, self.prefix + 1
         self.taken.clear()
         rounds, step = FEWER_ROUNDS if whole > LONG else ROUNDS, 1
+        if self.pieces.decision is None:  # no token ever leaves
+            return (least, self.full), rounds
         while rounds * whole * USUAL * (self.full - least) / step > seconds and step < self.full // 8:
             step *= 2
         return tuple(sorted({*range(-(-least // step) * step, self.full, step), least, self.full})), rounds
