@@ -80,4 +80,4 @@ def arguments_for_runs(what: str) -> argparse.Namespace:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stdout, flush=True)
+    print(text, file=sys.stderr, flush=True)

@@ -141,7 +141,7 @@ def test_edges_are_found_where_a_count_takes_less_than_its_neighbours(edge: int)
         assert stairs_of(range(2, 198), lambda count, shape=shape: shape(count) * (1 + 0.003 * rng.standard_normal())).multiple(8) == edge
 
 
-@given(slope=st.floats(0.01, 2), bend=st.floats(0, 0.005), floor=st.floats(0, 150), noise=st.floats(0, 0.01), seed=st.integers(0, 99))
+@given(slope=st.floats(0.01, 2), bend=st.floats(0, 0.005), floor=st.floats(0, 150), noise=st.floats(0, 0.005), seed=st.integers(0, 99))
 def test_smooth_curves_have_no_edges(slope: float, bend: float, floor: float, noise: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
 

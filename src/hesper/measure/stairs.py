@@ -24,7 +24,7 @@ from hesper.plan import Plan
 __all__ = ["Stairs", "measure_stairs"]
 
 Seconds = NDArray[np.float64]
-ROUNDS, FEWER_ROUNDS = 9, 5
+ROUNDS, FEWER_ROUNDS = 25, 5
 LONG = 0.1  # seconds at all tokens from which on fewer rounds will do
 DECIDING = 8  # counts at which decisions are timed
 USUAL = 0.7  # of the time at all tokens, that a count takes on average, too high rather than too low
@@ -32,6 +32,7 @@ HEADS = 4  # numbers of heads that are timed
 LEAST_WARMUP = 1.0  # seconds
 LARGEST_MULTIPLE, FEWEST_STEPS = 32, 6
 ALIKE = 0.01  # share of a block's time that does not count as a step
+SIGMAS = 2.0  # by which edges stand out from the counts between them
 NEARLY = 0.8  # of the best, that is as good
 
 
@@ -89,8 +90,9 @@ class Stairs:
         """Of what the counts of images that differ should be multiples: where the edges of the stairs are.
 
         A count on an edge takes less than the counts on both sides of it would let one expect. Of the powers of two whose multiples
-        do, by a hundredth at least, the smallest that does nearly as well as any; 1 where there are no stairs, ``usual`` where counts were
-        measured too far apart to see them. In batches of several images no less than ``usual``: images of equal counts run together.
+        do, by a hundredth at least and beyond noise, the smallest that does nearly as well as any; 1 where there are no stairs, ``usual``
+        where counts were measured too far apart to see them. In batches of several images no less than ``usual``: images of equal counts
+        run together.
 
         Example:
             >>> flat = (0.0,) * 128
@@ -103,7 +105,10 @@ class Stairs:
         beside = (seconds[between - 1] + seconds[between + 1]) / 2 / seconds[between] - 1
         powers = [1 << power for power in range(LARGEST_MULTIPLE.bit_length()) if 1 << power <= counts[-1] // FEWEST_STEPS]
         edges = {power: counts[between] % power == 0 for power in powers}
-        gains = {power: float(beside[on].mean()) for power, on in edges.items() if on.any()}
+        sure = {power: SIGMAS * float(beside[~on].std()) / np.sqrt(max(on.sum(), 1)) for power, on in edges.items() if not on.all()}
+        gains = {
+            power: gain for power, least in sure.items() if edges[power].any() and (gain := float(beside[edges[power]].mean())) > least
+        }
         best = max(gains.values(), default=0.0)
         found = 1 if len(between) > counts[-1] // 3 else usual
         if best >= ALIKE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-SCHEMA = 5
+SCHEMA = 6
 
 Combine = Literal["merge", "drop"]
 BudgetKind = Literal["macs", "loss", "disagreement", "latency", "latency_ms", "energy"]

@@ -115,6 +115,7 @@ class RunFacts:
     missing: tuple[str, ...]
     benches: tuple[BenchFacts, ...] = ()
     checks: tuple[DeviceCheck, ...] = ()
+    check_warnings: tuple[str, ...] = ()
 
     @property
     def main(self) -> Outcome | None:
@@ -211,7 +212,12 @@ def _facts(path: str | Path, name: str) -> RunFacts:
         missing=tuple(missing),
         benches=benches_of(run.entries, name),
         checks=_checks(first.get("checks")),
+        check_warnings=_texts(first.get("check_warnings")),
     )
+
+
+def _texts(recorded: object) -> tuple[str, ...]:
+    return tuple(item for item in recorded if isinstance(item, str)) if isinstance(recorded, list) else ()
 
 
 def _checks(recorded: object) -> tuple[DeviceCheck, ...]:
