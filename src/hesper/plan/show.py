@@ -38,7 +38,7 @@ def _title(plan: Plan) -> list[str]:
 
 
 def _asked(plan: Plan, declined: Mapping[str, str]) -> list[str]:
-    lines = _labelled("asked", f"{_budget(plan.budget)}, {plan.schedule} schedule")
+    lines = _labelled("asked", f"{_budget(plan.budget)}, {plan.schedule} schedule", _MADE_LINES)
     if plan.pricing is not None:
         pricing = plan.pricing
         rounds = "1 round" if pricing.rounds == 1 else f"{pricing.rounds} rounds"
