@@ -93,10 +93,8 @@ def prune(
     if os.path.lexists(out):  # said before the model is opened
         raise UsageError(f"{out} exists already; give --out a new folder or remove the old one")
     if asked is None:
-        given = {"calib": calib, "out": out, "weights": weights, "class_map": class_map, "data": data}
-        paths = {name: None if path is None else str(path) for name, path in given.items()}
-        name = model if isinstance(model, str) else model.ref.name
-        asked = {"model": name, **paths, "labels": labelled, "device": device, "meter": meter, **dataclasses.asdict(settings)}
+        paths = {"calib": calib, "out": out, "weights": weights, "class_map": class_map, "data": data}
+        asked = _asked(model, paths, settings, labels=labelled, device=device, meter=meter)
     opened = open_model(model, weights=weights) if isinstance(model, str) else model
     check_rebuildable(opened)
     images = _images(calib, opened, class_map, settings.criterion.needs_labels)
@@ -119,6 +117,12 @@ def prune(
             if crew.rank == 0:
                 append(Path(out) / RECORD, _entry(result, judged, skipped, asked.get("data", data), settings.batch_size))
     return crew.first(open_run(out) if crew.rank == 0 else None)  # type: ignore[return-value]
+
+
+def _asked(model: str | OpenModel, paths: Mapping[str, str | Path | None], settings: Settings, **plain: object) -> dict[str, Any]:
+    """The arguments of a call, in plain values."""
+    written = {name: None if path is None else str(path) for name, path in paths.items()}
+    return {"model": model if isinstance(model, str) else model.ref.name, **written, **plain, **dataclasses.asdict(settings)}
 
 
 def _write_run(out: str | Path, opened: OpenModel, images: ImageSet, pruned: Pruned, asked: Mapping[str, Any]) -> None:

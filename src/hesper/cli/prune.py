@@ -271,21 +271,23 @@ def _settings(options: dict[str, Any], kind: str) -> Settings:
 
     tokens = ("combine", "counts", "schedule", "tokens", "rank", "gamma", "rounds", "multiple", "refit", "refine", "blocks")
     plain = (*tokens, "heads", "batch_size", "seed", "device_batch")
-    _check_asked(options, kind)
+    budget = _budget(options, kind)
+    _check_asked(options, budget)
     criterion = Criterion(options["criterion"], options["temperature"], options["draws"])
-    return Settings(_budget(options, kind), criterion, **{name: options[name] for name in plain})
+    return Settings(budget, criterion, **{name: options[name] for name in plain})
 
 
-def _check_asked(options: dict[str, Any], kind: str) -> None:
+def _check_asked(options: dict[str, Any], budget: Budget) -> None:
     """Refuse what was asked for in so many words and would have no effect."""
-    on_device = kind in ("latency", "latency_ms", "energy")
+    from hesper.plan import on_device
+
     tokens, merges, adapts = bool(options["tokens"]), options["combine"] == "merge", options["counts"] == "adaptive"
     rules = (
         (("rounds", "refine"), tokens and merges, "merging tokens", "--tokens --combine merge"),
         (("refit",), tokens and merges and options["criterion"] == "kl", "merging tokens", "--tokens --combine merge --criterion kl"),
         (("multiple",), tokens and adapts, "counts that adapt", "--tokens --counts adaptive"),
-        (("device_batch",), on_device, "a budget on this device", "--latency, --latency-ms or --energy"),
-        (("meter",), kind == "energy", "a budget on energy", "--energy"),
+        (("device_batch",), on_device(budget), "a budget on this device", "--latency, --latency-ms or --energy"),
+        (("meter",), budget.kind == "energy", "a budget on energy", "--energy"),
     )
     source = click.get_current_context().get_parameter_source
     for names, possible, subject, needed in rules:
