@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hesper.graft import GraftedViT, graft
 from hesper.graft.deciders import State
 from hesper.graft.decision import Decision
+from hesper.graft.even import EvenDecision
 from hesper.hosts import open_host
 from vits import attention_by_hand, cuts_of, feed_by_hand, lies, logits_by_hand, pictures, plan_for, tables, vit
 
@@ -97,8 +98,18 @@ def by_hand(
     return logits_by_hand(model, stream, torch.tensor([max(len(c), 1) for c in clusters], dtype=stream.dtype)), clusters[prefix:]
 
 
-def fates_of(state: State, decision: Decision, image: int) -> dict[int, int | None]:
+def rows_that_leave(decision: Decision | EvenDecision) -> dict[int, int | None]:
+    """{row that leaves: row it merges into, None for drops}, of either kind of decision."""
+    if isinstance(decision, EvenDecision):
+        gone, into = decision.leaving.tolist(), None if decision.into is None else decision.joined.tolist()
+    else:
+        gone, into = decision.gone.tolist(), None if decision.into is None else decision.into.tolist()
+    assert len(set(gone)) == len(gone)
+    return dict(zip(gone, [None] * len(gone) if into is None else into, strict=True))
+
+
+def fates_of(state: State, decision: Decision | EvenDecision, image: int) -> dict[int, int | None]:
     run = lies(state.layout, image)
     first, last = state.layout.bounds[run] + state.layout.prefix, state.layout.bounds[run + 1]
-    into = [None] * len(decision.gone) if decision.into is None else (decision.into - first).tolist()
-    return {row - first: to for row, to in zip(decision.gone.tolist(), into, strict=True) if first <= row < last}
+    leave = rows_that_leave(decision).items()
+    return {row - first: None if to is None else to - first for row, to in leave if first <= row < last}

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from by_hand import rows_that_leave
 from families import FAMILIES, HF, ByHand, family, features_of, logits_of, shots
 from hesper.cost import dense_macs
 from hesper.errors import UsageError
 from hesper.graft import GraftedViT, graft
 from hesper.graft.deciders import Decision, State
+from hesper.graft.even import EvenDecision
 from hesper.heart.fit import dense_states
 from hesper.heart.gated import HEAD_GATES, TOKEN_GATES, gated_forward, ones
 from hesper.hosts import open_host
@@ -39,14 +41,12 @@ class Watch:
         for decider in model.deciders.values():
             decider.register_forward_hook(self._note)
 
-    def _note(self, _: nn.Module, arguments: tuple[State], decision: Decision) -> None:
+    def _note(self, _: nn.Module, arguments: tuple[State], decision: Decision | EvenDecision) -> None:
         layout = arguments[0].layout
-        into = [None] * len(decision.gone) if decision.into is None else decision.into.tolist()
-        every = []
+        leave, every = rows_that_leave(decision).items(), []
         for run in layout.listed(range(len(layout.counts))):
             start, end = layout.bounds[run : run + 2]
-            pairs = zip(decision.gone.tolist(), into, strict=True)
-            every.append({gone - start: None if to is None else to - start for gone, to in pairs if start <= gone < end})
+            every.append({gone - start: None if to is None else to - start for gone, to in leave if start <= gone < end})
         self.fates.append(every)
 
 

@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesper.benchmark.request import Request
+from hesper.benchmark.request import Request, Subject
 from hesper.benchmark.subject import Opened, images_for, open_subject
 from hesper.device import lacks_memory, use_device
 from hesper.errors import HesperError
 from hesper.measure.latency import settle
 from hesper.measure.timing import take_turns
+from hesper.precision import use_precision
 
 __all__ = ["GO", "main"]
 
@@ -79,10 +80,9 @@ def serve(request: Request, commands: queue.SimpleQueue[str], tell: Tell) -> Non
     use_device(request.device)
     if request.threads is not None:
         torch.set_num_threads(request.threads)
+    use_precision(request.device, request.precision)
     wait = torch.cuda.synchronize if request.device == "cuda" else lambda: None
-    opened = {
-        name: open_subject(subject, request.device, request.batch_size, request.threads) for name, subject in request.subjects.items()
-    }
+    opened = {name: _open(subject, request) for name, subject in request.subjects.items()}
     images = images_for(opened, request.data, request.batch_size, request.device)
     tell("opened", runtimes={name: each.runtime for name, each in opened.items()})
     with torch.inference_mode():
@@ -91,6 +91,10 @@ def serve(request: Request, commands: queue.SimpleQueue[str], tell: Tell) -> Non
         else:
             _times(request, opened, images, wait, commands, tell)
     tell("done")
+
+
+def _open(subject: Subject, request: Request) -> Opened:
+    return open_subject(subject, request.device, request.batch_size, request.threads, request.precision)
 
 
 def _times(

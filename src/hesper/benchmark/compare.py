@@ -131,6 +131,10 @@ def _row(one: Mapping[str, Any], other: Mapping[str, Any], name: str, seed: int)
     return Row(one["batch_size"], name, (before, after), found.ratio, found.low, found.high, both, joules)  # type: ignore[arg-type]
 
 
+def _runtime(cell: Mapping[str, Any], name: str) -> str:
+    return str(cell["models"][name].get("runtime") or "unknown")
+
+
 def _warnings(
     first: Mapping[str, Any], second: Mapping[str, Any], pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
 ) -> list[str]:
@@ -143,6 +147,8 @@ def _warnings(
     for one, other in pairs:
         if one.get("threads") != other.get("threads"):
             said.append(f"not as many threads for batches of {one['batch_size']}: {one.get('threads')} and {other.get('threads')}")
+    runtimes = {(_runtime(one, name), _runtime(other, name)) for one, other in pairs for name in one["models"] if name in other["models"]}
+    said += [f"not the same runtime: {mine} and {its}" for mine, its in sorted(runtimes) if mine != its]
     if any(len(each["seconds"]) == 1 for pair in pairs for cell in pair for each in cell["models"].values()):
         said.append("times of a single process, whose intervals know nothing of how processes differ; bench with more --processes")
     for place, each in (("first", first), ("second", second)):

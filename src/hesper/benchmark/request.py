@@ -39,6 +39,7 @@ class Request:
     """What a process that measures does, with one batch size: ``rounds`` timed calls of each subject in turns, or a look at memory.
 
     With ``stretches`` above 0 each subject then runs that many times for ``stretch_seconds`` without a pause, in turns, for energy.
+    ``precision`` is that of models in PyTorch; an exported file has its own.
     """
 
     subjects: Mapping[str, Subject]
@@ -50,6 +51,7 @@ class Request:
     stretches: int
     stretch_seconds: float
     purpose: Literal["time", "memory"]
+    precision: str = "fp32"
 
     def dumps(self) -> str:
         """As one line of JSON."""

@@ -14,6 +14,7 @@ from hesper.exporting.formats import SUFFIXES
 from hesper.hosts.open import HF
 from hesper.measure.fingerprint import fingerprint
 from hesper.meters import Meter, usable
+from hesper.precision import precision_on
 from hesper.runs import open_run
 
 __all__ = ["bench", "card", "subject_of"]
@@ -31,6 +32,7 @@ def bench(
     baseline_weights: str | Path | None = None,
     provider: str | None = None,
     device: str = "cpu",
+    precision: str = "fp32",
     threads: int | None = None,
     rounds: int = 10,
     processes: int = 5,
@@ -51,6 +53,7 @@ def bench(
         baseline_weights: likewise for the baseline.
         provider: "cpu", "cuda" or "tensorrt": which execution provider of ONNX Runtime runs ``.onnx`` files; None for the device's own.
         device: "cpu" or "cuda".
+        precision: of models in PyTorch: "fp32", "tf32" (on NVIDIA cards), "fp16" or "bf16".
         threads: of the processor; None leaves torch's choice.
         rounds: timed calls of each model in each process, in turns.
         processes: that take times, one after the other, at every batch size: each is one sample of how fast the models are.
@@ -65,6 +68,7 @@ def bench(
         JobError: pretrained weights cannot be had.
     """
     use_device(device)
+    precision_on(device, precision)
     if rounds < 3 or processes < 1 or stretch_seconds <= 0 or timeout <= 0 or not batch_sizes or min(batch_sizes) < 1:
         raise UsageError(
             "A bench needs batches of at least 1 image, at least 3 rounds in 1 process, and stretches and a time limit above 0 s."
@@ -75,11 +79,13 @@ def bench(
         subjects[BASELINE] = beside
     if provider is not None and not any(each.where.lower().endswith(".onnx") for each in subjects.values()):
         raise UsageError("--provider is ONNX Runtime's, and nothing here is an .onnx file; leave it out.")
+    if precision != "fp32" and all(each.kind == "file" for each in subjects.values()):
+        raise UsageError("--precision is for models in PyTorch, and an exported file has its own; leave it out.")
     before, cells = fingerprint(), list[Cell]()
     with usable(meter, card=card() if device == "cuda" else None) as (read, reason):
         for size in sorted(set(batch_sizes)):
             where = None if data is None else str(data)
-            request = Request(subjects, size, where, device, threads, rounds, 0, stretch_seconds, "time")
+            request = Request(subjects, size, where, device, threads, rounds, 0, stretch_seconds, "time", precision)
             cells.append(_one(request, processes, memory, cells, read, timeout, progress))
             if cells[-1].ending == "interrupted":
                 break

@@ -19,6 +19,7 @@ from hesper.graft import GraftedViT, graft
 from hesper.heart.gallery import load_gallery
 from hesper.hosts.open import open_model, transform_of
 from hesper.plan import empty_plan
+from hesper.precision import dtype_of
 from hesper.runs import open_run
 
 __all__ = ["Opened", "images_for", "open_subject", "timed_images"]
@@ -42,6 +43,7 @@ class Opened:
     """A model ready to run: ``macs`` gives the multiply-accumulates that a batch of images needs, a mean over them.
 
     Of a file that is the mean its notes say. ``on_host`` wants images in main memory; ``adapts`` takes as long as an image needs.
+    ``dtype`` is that of the images it takes.
     """
 
     model: Callable[[Tensor], object]
@@ -51,10 +53,11 @@ class Opened:
     runtime: str
     on_host: bool = False
     adapts: bool = False
+    dtype: torch.dtype = torch.float32
 
 
-def open_subject(subject: Subject, device: str, batch_size: int = 1, threads: int | None = None) -> Opened:
-    """Open a model on a device.
+def open_subject(subject: Subject, device: str, batch_size: int = 1, threads: int | None = None, precision: str = "fp32") -> Opened:
+    """Open a model on a device, one in PyTorch in a ``precision``: weights and activations; tokens are let go in single precision.
 
     Raises:
         UsageError: there is no such run, model or file, its weights do not fit, or it does not take so many images at a time.
@@ -65,13 +68,15 @@ def open_subject(subject: Subject, device: str, batch_size: int = 1, threads: in
     by_name = subject.kind == "dense"
     dense = open_model(subject.where, weights=subject.weights) if by_name else open_dense(open_run(subject.where))
     anatomy = dense.ref.anatomy
-    view, runtime = View(anatomy.channels, anatomy.image_size, dense.transform, dense.mean, dense.std), f"torch {torch.__version__}"
+    view, dtype = View(anatomy.channels, anatomy.image_size, dense.transform, dense.mean, dense.std), dtype_of(precision)
+    runtime = f"torch {torch.__version__}" if precision == "fp32" else f"torch {torch.__version__}, {precision}"
     if subject.kind == "run":
         cut = load_cut(open_run(subject.where)).to(device)
-        return Opened(cut, lambda images: _mean_macs(cut, images), view, subject, runtime)
+        cut.network.to(dtype)
+        return Opened(cut, lambda images: _mean_macs(cut, images), view, subject, runtime, dtype=dtype)
     blank = dataclasses.replace(empty_plan(dense.ref.name, dense.ref.anatomy), model=dense.ref)
     count = float(graft(dense.host.module, blank, check_weights=False).dense_macs)
-    return Opened(dense.host.module.to(device), lambda images: count, view, subject, runtime)
+    return Opened(dense.host.module.to(device, dtype), lambda images: count, view, subject, runtime, dtype=dtype)
 
 
 def _open_file(subject: Subject, device: str, batch_size: int, threads: int | None) -> Opened:
@@ -115,7 +120,8 @@ def images_for(opened: Mapping[str, Opened], data: str | None, batch_size: int, 
     batches_of = {}
     for name, each in opened.items():
         own_mean, own_std = _scale(each.view)
-        batches_of[name] = tuple(torch.split(((pictures - own_mean) / own_std).to("cpu" if each.on_host else device), batch_size))
+        own = ((pictures - own_mean) / own_std).to("cpu" if each.on_host else device, each.dtype)
+        batches_of[name] = tuple(torch.split(own, batch_size))
     return batches_of
 
 

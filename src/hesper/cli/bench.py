@@ -57,6 +57,13 @@ class Sizes(click.ParamType):  # type: ignore[type-arg]  # generic in newer rele
     help="Which execution provider of ONNX Runtime runs .onnx files; that of --device if not given.",
 )
 @with_device
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "tf32", "fp16", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Of models in PyTorch; tokens are let go in single precision whatever it is.",
+)
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Of the processor; torch's choice if not given.")
 @click.option(
     "--rounds", type=click.IntRange(3), default=10, show_default=True, metavar="N", help="Timed calls of each model in a process."
@@ -98,6 +105,7 @@ def bench(
     baseline_weights: Path | None,
     provider: str | None,
     device: str,
+    precision: str,
     threads: int | None,
     rounds: int,
     processes: int,
@@ -124,6 +132,7 @@ def bench(
             baseline_weights=baseline_weights,
             provider=provider,
             device=device,
+            precision=precision,
             threads=threads,
             rounds=rounds,
             processes=processes,

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from hesper.cost import Counts
 from hesper.graft.decision import Decision
+from hesper.graft.even import EvenDecision
 from hesper.graft.layout import Layout
-from hesper.graft.linkage import Points, link, paired
+from hesper.graft.linkage import Points, evenly_paired, link, paired
 from hesper.graft.restoration import Restoration
 from hesper.graft.tokens import INFINITY, cheapest, in_steps, similarity_prices
 from hesper.plan import TokenCut
@@ -60,7 +61,7 @@ class Decider(Protocol):
     def checkered(self) -> bool:
         """Whether it wants neighbouring patches at odd and even places."""
 
-    def __call__(self, state: State) -> Decision:
+    def __call__(self, state: State) -> Decision | EvenDecision:
         """The decision for a batch."""
 
     def prices(self, state: State) -> tuple[Tensor, Tensor | None]:
@@ -120,13 +121,13 @@ class CurvatureMerge(nn.Module):
     def points(self, state: State) -> Points:
         """Where every token lies, and how much moving it matters."""
         log_weight = self.router(state).clamp(-LARGEST_LOG_CURVATURE, LARGEST_LOG_CURVATURE)
-        return Points(state.stream @ self.root, state.size, self.gamma * log_weight, state.layout)
+        return Points(state.stream.to(self.root.dtype) @ self.root, state.size, self.gamma * log_weight, state.layout)
 
     def prices(self, state: State) -> tuple[Tensor, Tensor]:
         """Nats of merging each source ``[images, sources]`` in the first round, and the patch it would merge into."""
         return self.points(state).prices()
 
-    def forward(self, state: State) -> Decision:
+    def forward(self, state: State) -> Decision | EvenDecision:
         """The decision for a batch."""
         return link(self.points(state), self.cut, self.rounds)
 
@@ -157,9 +158,11 @@ class KeyMerge(nn.Module):
         """One minus the cosine of each source ``[images, sources]`` to the patch it would merge into, and that patch."""
         return similarity_prices(state.layout.padded(state.key.mean(1)), state.layout.gaps)
 
-    def forward(self, state: State) -> Decision:
+    def forward(self, state: State) -> Decision | EvenDecision:
         """The decision for a batch."""
         (price, to), layout = self.prices(state), state.layout
+        if self.cut.remove is not None and layout.rectangular:
+            return evenly_paired(price, to, self.cut.remove, layout, first=1, step=2)
         go = cheapest(price, threshold=self.cut.threshold, remove=self.cut.remove)
         if layout.gaps is not None:
             go &= layout.valid[:, 1::2]
@@ -243,7 +246,7 @@ class ScoredCut(nn.Module):
         """The score of every patch ``[images, patches]``; where it merges depends on what else goes."""
         return state.layout.padded(self.score(state)).masked_fill(~state.layout.valid, INFINITY), None
 
-    def forward(self, state: State) -> Decision:
+    def forward(self, state: State) -> Decision | EvenDecision:
         """The decision for a batch."""
         layout, (price, _) = state.layout, self.prices(state)
         gone = cheapest(price, threshold=self.cut.threshold, remove=self.cut.remove) & layout.valid

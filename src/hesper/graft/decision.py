@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hesper.graft.even import EvenDecision, even_mean
+
 Rows = npt.NDArray[np.int64]
 
 
@@ -39,6 +41,20 @@ class Decision:
     entered: tuple[tuple[int, ...], ...] = ()
     device: torch.device | None = None
     order: Sequence[int] | None = None
+
+    @property
+    def nothing(self) -> bool:
+        """Whether nothing leaves."""
+        return not len(self.gone)
+
+    @cached_property
+    def fate(self) -> Tensor:
+        """``[rows]`` the place among the rows that stay of the one that now stands for each row, -1 where it was dropped."""
+        where = np.full(self.rows, -1)
+        where[self.kept] = np.arange(len(self.kept))
+        if self.into is not None:
+            where[self.gone] = self.to
+        return _held([where], self.device)[0]
 
     @cached_property
     def _stays(self) -> npt.NDArray[np.bool_]:
@@ -139,7 +155,7 @@ def _held(parts: list[Rows], device: torch.device | None) -> list[Tensor]:
     return list(torch.split(whole, [len(part) for part in parts]))
 
 
-def grouped_mean(values: Tensor, size: Tensor, decision: Decision) -> tuple[Tensor, Tensor]:
+def grouped_mean(values: Tensor, size: Tensor, decision: Decision | EvenDecision) -> tuple[Tensor, Tensor]:
     """Size-weighted means of ``values`` ``[rows, ...]`` over what merges, and the summed sizes ``[rows]``, for the rows that stay.
 
     A destination of total size T that receives sources s becomes x_d + sum_s size_s (x_s - x_d) / T.
@@ -150,6 +166,8 @@ def grouped_mean(values: Tensor, size: Tensor, decision: Decision) -> tuple[Tens
         >>> mean.flatten().tolist(), size.tolist()
         ([2.0, 9.0], [3.0, 1.0])
     """
+    if isinstance(decision, EvenDecision):
+        return even_mean(values, size, decision)
     moves = decision.moves
     moved = size.index_select(0, moves.gone)
     total = size.index_select(0, moves.kept).index_add_(0, moves.to, moved)

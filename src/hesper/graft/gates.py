@@ -45,7 +45,7 @@ class Gate(nn.Module):
 
     def forward(self, row: Tensor) -> Tensor:
         """Which heads stay, ``[images, heads]``, from the reader's rows ``[images, width]``."""
-        log_price = torch.addmm(self.offset, row, self.direction)
+        log_price = torch.addmm(self.offset, row.to(self.offset.dtype), self.direction)
         limit = math.log(self.cut.threshold) if self.cut.threshold > 0 else -math.inf
         return (log_price > limit).scatter(1, log_price.argmax(1, keepdim=True), True)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hesper.graft.decision import Decision, grouped_mean
+from hesper.graft.even import EvenDecision
 from hesper.graft.layout import Layout
 from hesper.graft.tokens import cheapest, in_steps, ward_prices
 from hesper.plan import TokenCut
@@ -32,19 +33,21 @@ class Points:
         place, size, weight = (self.layout.padded(own) for own in (self.place, self.size, self.log_weight.exp()))
         return ward_prices(place, size, weight, self.layout.gaps)
 
-    def merged(self, decision: Decision) -> Points:
+    def merged(self, decision: Decision | EvenDecision) -> Points:
         """What a decision leaves: every group at its mean, its weight the geometric mean."""
         both, size = grouped_mean(torch.cat([self.place, self.log_weight[:, None]], 1), self.size, decision)
         return Points(both[:, :-1], size, both[:, -1], self.layout.with_counts(decision.left))
 
 
-def link(points: Points, cut: TokenCut, rounds: int) -> Decision:
+def link(points: Points, cut: TokenCut, rounds: int) -> Decision | EvenDecision:
     """Merge odd into even tokens where that is cheap, and again what is left, ``rounds`` times.
 
     Alternate tokens are sources and destinations, so that one round takes at most every other token and half of all pairs are never
     compared; what is left stands in another order of odd and even, so the next round compares others. A count is shared out
     over the rounds, a threshold and its multiple hold for each.
     """
+    if cut.remove is not None and points.layout.rectangular:
+        return _link_evenly(points, [share(cut.remove, number, rounds) for number in range(rounds)])
     whole: Decision | None = None
     for number in range(rounds):
         price, to = points.prices()
@@ -55,12 +58,33 @@ def link(points: Points, cut: TokenCut, rounds: int) -> Decision:
         go = in_steps(go, price, layout.lengths, cut.multiple)
         decision = paired(go, to, layout, first=1, step=2)
         whole = decision if whole is None else whole.then(decision)
-        if not len(decision.gone):
+        if decision.nothing:
             break
         if number + 1 < rounds:
             points = points.merged(decision)
     assert whole is not None
     return whole
+
+
+def _link_evenly(points: Points, shares: list[int]) -> EvenDecision:
+    """The same where all images have equally many tokens and lose ``shares`` of them, round by round."""
+    whole: EvenDecision | None = None
+    for number, remove in enumerate(shares):
+        price, to = points.prices()
+        decision = evenly_paired(price, to, remove, points.layout, first=1, step=2)
+        whole = decision if whole is None else whole.then(decision)
+        if decision.nothing or number + 1 == len(shares):
+            break
+        points = points.merged(decision)
+    assert whole is not None
+    return whole
+
+
+def evenly_paired(price: Tensor, to: Tensor | None, remove: int, layout: Layout, first: int = 0, step: int = 1) -> EvenDecision:
+    """The ``remove`` cheapest candidates of each image, which are the patches ``first``, ``first + step``, ...; as :func:`paired`."""
+    order = price.topk(min(remove, price.shape[-1]), dim=-1, largest=False, sorted=False).indices
+    into = None if to is None else to.gather(1, order) + layout.prefix
+    return EvenDecision(layout.counts[0], order * step + (first + layout.prefix), into, (layout.counts,))
 
 
 def paired(go: Tensor, to: Tensor | None, layout: Layout, first: int = 0, step: int = 1) -> Decision:

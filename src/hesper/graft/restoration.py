@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hesper.graft.decision import Decision, grouped_mean
+from hesper.graft.even import EvenDecision, even_restored_mean
 
 # A mean shorter than a quarter of its members is mostly what they disagree in, and is stretched no further.
 MOST_STRETCHED = 4.0
@@ -48,7 +49,9 @@ class Restoration(nn.Module):
         return mean * ratio**self.stretch * (1 + self.gain)
 
 
-def restored_mean(values: Tensor, size: Tensor, decision: Decision, restoration: Restoration | None) -> tuple[Tensor, Tensor]:
+def restored_mean(
+    values: Tensor, size: Tensor, decision: Decision | EvenDecision, restoration: Restoration | None
+) -> tuple[Tensor, Tensor]:
     """As :func:`~hesper.graft.decision.grouped_mean`, with what was merged restored; other rows stay as they are.
 
     Example:
@@ -60,6 +63,8 @@ def restored_mean(values: Tensor, size: Tensor, decision: Decision, restoration:
     """
     if restoration is None:
         return grouped_mean(values, size, decision)
+    if isinstance(decision, EvenDecision):
+        return even_restored_mean(values, size, decision, restoration)
     groups = decision.groups
     wide = torch.promote_types(values.dtype, torch.float32)  # sums over a large group need more digits than halves have
     mass = size.index_select(0, groups.member).to(wide)

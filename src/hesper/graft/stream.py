@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hesper.graft.compiling import eager, seam
 from hesper.graft.decision import Decision
+from hesper.graft.even import EvenDecision
 from hesper.graft.layout import Layout
 from hesper.graft.restoration import Restoration, restored_mean
 
@@ -59,8 +59,10 @@ class Stream:
             rows.add_(half(rows))
 
     def sizes(self) -> Tensor:
-        """``[rows]`` sizes, ones included."""
-        return torch.ones_like(self.rows[:, 0]) if self.size is None else self.size
+        """``[rows]`` sizes, ones included; in single precision at least, as halves do not count far."""
+        if self.size is not None:
+            return self.size
+        return torch.ones_like(self.rows[:, 0], dtype=torch.promote_types(self.rows.dtype, torch.float32))
 
     @eager
     def log_size(self, power: Tensor | None = None) -> Tensor | None:
@@ -72,9 +74,9 @@ class Stream:
             self._log_size = self.size.to(torch.promote_types(self.size.dtype, torch.float32)).log()
         return self._log_size if power is None or self._log_size is None else self._log_size[:, None] * power
 
-    def carry_out(self, decision: Decision, restoration: Restoration | None = None) -> None:
+    def carry_out(self, decision: Decision | EvenDecision, restoration: Restoration | None = None) -> None:
         """Take the decided tokens out; what is merged leaves its mass where it goes (:func:`~hesper.graft.restoration.restored_mean`)."""
-        if not len(decision.gone):
+        if decision.nothing:
             return
         decision = decision.by_count()
         before, size, self._log_size = self.rows, self.sizes(), None
@@ -88,15 +90,10 @@ class Stream:
         self.layout = left if decision.order is None else left.arranged(decision.order)
         self._trace(decision)
 
-    def _trace(self, decision: Decision) -> None:
+    def _trace(self, decision: Decision | EvenDecision) -> None:
         if self.origin is None:
             return
-        target = np.full(decision.rows, -1)
-        target[decision.kept] = np.arange(len(decision.kept))
-        if decision.into is not None:
-            target[decision.gone] = decision.to
-        where = torch.from_numpy(target).to(self.origin.device)
-        self.origin = torch.where(self.origin >= 0, where[self.origin.clamp_min(0)], -1)
+        self.origin = torch.where(self.origin >= 0, decision.fate[self.origin.clamp_min(0)], -1)
 
     def patch_map(self, first: Layout) -> Tensor:
         """``[images, patches]``: place among its image's patches of the one that stands for each original patch, -1 where dropped."""
