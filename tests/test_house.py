@@ -13,7 +13,7 @@ SOURCE = ROOT / "src" / "hesper"
 # Each room may import from rooms of its own rank or lower, never from higher ones.
 RANKS = [
     {"errors", "version"},
-    {"registry", "device", "parallel", "kinds"},
+    {"registry", "device", "precision", "parallel", "kinds"},
     {"plan", "meters"},
     {"cost", "data", "runs", "curvature"},
     {"hosts", "work"},

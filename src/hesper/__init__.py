@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hesper.api import evaluate, load, prune
     from hesper.benchmark import bench
     from hesper.exporting import export
+    from hesper.graft.one_graph import compiled
     from hesper.heart.criteria import Criterion
     from hesper.heart.settings import Settings
     from hesper.hosts.open import open_model
@@ -23,6 +24,7 @@ _DOORS = {
     "Criterion": "hesper.heart.criteria",
     "Settings": "hesper.heart.settings",
     "bench": "hesper.benchmark",
+    "compiled": "hesper.graft.one_graph",
     "evaluate": "hesper.api",
     "export": "hesper.exporting",
     "load": "hesper.api",
@@ -30,7 +32,7 @@ _DOORS = {
     "prune": "hesper.api",
 }
 
-__all__ = ["Criterion", "Settings", "__version__", "bench", "evaluate", "export", "load", "open_model", "prune"]
+__all__ = ["Criterion", "Settings", "__version__", "bench", "compiled", "evaluate", "export", "load", "open_model", "prune"]
 
 
 def __dir__() -> list[str]:

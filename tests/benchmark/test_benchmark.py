@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,6 +124,24 @@ def test_wrong_requests_are_refused(tmp_path: Path, weights: Path, pruned: tuple
         hesper.bench("vit_tiny_patch16_22", rounds=3, meter="none")
     with pytest.raises(UsageError, match="There is no meter"):
         hesper.bench(NAME, weights=weights, meter="watts")
+    with pytest.raises(UsageError, match="There is no precision 'int8'; use fp32"):
+        hesper.bench(NAME, weights=weights, precision="int8")
+    with pytest.raises(UsageError, match="There is no mode 'fastest'"):
+        hesper.bench(NAME, weights=weights, compile="fastest")
+
+
+def test_halves_are_benched_beside_halves_and_said_to_be(pruned: tuple[Path, Result]) -> None:
+    quick: dict[str, Any] = {"batch_sizes": (2,), "threads": 1, "rounds": 3, "processes": 1, "meter": "none", "memory": False}
+    (cell,) = hesper.bench(pruned[0], precision="bf16", **quick).cells
+    assert cell.ending == "done" and cell.compare() is not None
+    assert {each.runtime for each in cell.series.values()} == {f"torch {torch.__version__}, bf16"}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_models_are_benched_and_said_to_be(weights: Path) -> None:
+    quick: dict[str, Any] = {"threads": 1, "rounds": 3, "processes": 1, "meter": "none", "memory": False}
+    (cell,) = hesper.bench(NAME, weights=weights, compile="default", **quick).cells
+    assert cell.ending == "done" and cell.series["target"].runtime == f"torch {torch.__version__}, compiled (default)"
 
 
 def test_every_model_sees_the_same_pictures_normalised_as_it_expects(pruned: tuple[Path, Result], images: Path) -> None:

@@ -59,6 +59,9 @@ def test_a_bench_that_comes_to_nothing_says_why_and_fails(weights: Path) -> None
         (("--meter", "replay:none.csv"), "none.csv cannot be read"),
         (("--baseline", "vit_tiny_patch16_22"), "did you mean"),
         (("--data", "no/such/folder"), "no/such/folder"),
+        (("--precision", "tf32"), "tf32 is how NVIDIA's cards multiply"),
+        (("--precision", "int4"), "--precision"),
+        (("--compile", "fastest"), "--compile"),
     ],
 )
 def test_wrong_benches_are_refused(weights: Path, words: tuple[str, ...], says: str) -> None:

@@ -18,6 +18,7 @@ import hesper as package
 from cli_helpers import NAME, QUICK, hesper, sentence
 from hesper.exporting import Notes, format_of
 from hesper.exporting.notes import KEY
+from hesper.exporting.onnx_format import bound
 from hesper.exporting.tensorrt import refused_by_tensorrt
 from hesper.runs import open_run
 
@@ -60,6 +61,15 @@ def test_a_fixed_run_takes_any_batch_in_onnx_runtime_without_hesper(fixed: Path,
     assert refused_by_tensorrt(model) == [] and not any("Scatter" in node.op_type for node in model.graph.node)
     notes = Notes.loads({item.key: item.value for item in model.metadata_props}[KEY], onnx_file)
     assert notes.largest_batch is None and 0.5 < notes.macs / notes.macs_dense < 0.85
+
+
+def test_images_that_are_on_a_device_stay_there(fixed: Path, onnx_file: Path) -> None:
+    """By a binding of memory, tried on the processor's: the same logits, written where they are asked for."""
+    session = onnxruntime.InferenceSession(str(onnx_file), providers=["CPUExecutionProvider"])
+    run, images = bound(session, open_run(fixed).plan.model.anatomy.classes), pictures_for(fixed, 5)
+    for part in (images, images.transpose(2, 3)[:2]):
+        (logits,) = session.run(["logits"], {"images": part.contiguous().numpy()})
+        np.testing.assert_array_equal(run(part).numpy(), logits)
 
 
 def test_the_export_is_in_the_record(fixed: Path, onnx_file: Path) -> None:
@@ -182,4 +192,6 @@ def test_files_of_something_else_are_refused(fixed: Path, onnx_file: Path, tmp_p
         (tmp_path / name).write_bytes(b"noise" * 100)
         assert name in sentence(hesper("bench", tmp_path / name, *FAST), 2)
     assert "There is no file" in sentence(hesper("bench", tmp_path / "none.onnx", *FAST), 2)
+    for words in (("--precision", "fp16"), ("--compile", "default")):
+        assert "an exported file has its own" in sentence(hesper("bench", onnx_file, *words, *FAST), 2)
     assert "TensorrtExecutionProvider" in sentence(hesper("bench", onnx_file, "--provider", "tensorrt", *FAST), 2)

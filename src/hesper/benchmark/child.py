@@ -94,7 +94,7 @@ def serve(request: Request, commands: queue.SimpleQueue[str], tell: Tell) -> Non
 
 
 def _open(subject: Subject, request: Request) -> Opened:
-    return open_subject(subject, request.device, request.batch_size, request.threads, request.precision)
+    return open_subject(subject, request.device, request.batch_size, request.threads, request.precision, request.compile)
 
 
 def _times(

@@ -39,7 +39,7 @@ class Request:
     """What a process that measures does, with one batch size: ``rounds`` timed calls of each subject in turns, or a look at memory.
 
     With ``stretches`` above 0 each subject then runs that many times for ``stretch_seconds`` without a pause, in turns, for energy.
-    ``precision`` is that of models in PyTorch; an exported file has its own.
+    ``precision`` is that of models in PyTorch, and ``compile`` the mode of torch.compile for them; an exported file has its own.
     """
 
     subjects: Mapping[str, Subject]
@@ -52,6 +52,7 @@ class Request:
     stretch_seconds: float
     purpose: Literal["time", "memory"]
     precision: str = "fp32"
+    compile: str | None = None
 
     def dumps(self) -> str:
         """As one line of JSON."""

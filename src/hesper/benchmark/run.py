@@ -11,6 +11,7 @@ from hesper.benchmark.request import BASELINE, TARGET, Request, Subject
 from hesper.device import use_device
 from hesper.errors import HesperError, UsageError
 from hesper.exporting.formats import SUFFIXES
+from hesper.graft.one_graph import COMPILE_MODES
 from hesper.hosts.open import HF
 from hesper.measure.fingerprint import fingerprint
 from hesper.meters import Meter, usable
@@ -33,6 +34,7 @@ def bench(
     provider: str | None = None,
     device: str = "cpu",
     precision: str = "fp32",
+    compile: str | None = None,
     threads: int | None = None,
     rounds: int = 10,
     processes: int = 5,
@@ -54,6 +56,7 @@ def bench(
         provider: "cpu", "cuda" or "tensorrt": which execution provider of ONNX Runtime runs ``.onnx`` files; None for the device's own.
         device: "cpu" or "cuda".
         precision: of models in PyTorch: "fp32", "tf32" (on NVIDIA cards), "fp16" or "bf16".
+        compile: a mode of torch.compile for models in PyTorch, as :func:`hesper.compiled` has them; None for none.
         threads: of the processor; None leaves torch's choice.
         rounds: timed calls of each model in each process, in turns.
         processes: that take times, one after the other, at every batch size: each is one sample of how fast the models are.
@@ -69,6 +72,8 @@ def bench(
     """
     use_device(device)
     precision_on(device, precision)
+    if compile is not None and compile not in COMPILE_MODES:
+        raise UsageError(f"There is no mode '{compile}' of torch.compile; use {', '.join(COMPILE_MODES)}.")
     if rounds < 3 or processes < 1 or stretch_seconds <= 0 or timeout <= 0 or not batch_sizes or min(batch_sizes) < 1:
         raise UsageError(
             "A bench needs batches of at least 1 image, at least 3 rounds in 1 process, and stretches and a time limit above 0 s."
@@ -79,13 +84,13 @@ def bench(
         subjects[BASELINE] = beside
     if provider is not None and not any(each.where.lower().endswith(".onnx") for each in subjects.values()):
         raise UsageError("--provider is ONNX Runtime's, and nothing here is an .onnx file; leave it out.")
-    if precision != "fp32" and all(each.kind == "file" for each in subjects.values()):
-        raise UsageError("--precision is for models in PyTorch, and an exported file has its own; leave it out.")
+    if (precision != "fp32" or compile is not None) and all(each.kind == "file" for each in subjects.values()):
+        raise UsageError("--precision and --compile are for models in PyTorch, and an exported file has its own; leave them out.")
     before, cells = fingerprint(), list[Cell]()
     with usable(meter, card=card() if device == "cuda" else None) as (read, reason):
         for size in sorted(set(batch_sizes)):
             where = None if data is None else str(data)
-            request = Request(subjects, size, where, device, threads, rounds, 0, stretch_seconds, "time", precision)
+            request = Request(subjects, size, where, device, threads, rounds, 0, stretch_seconds, "time", precision, compile)
             cells.append(_one(request, processes, memory, cells, read, timeout, progress))
             if cells[-1].ending == "interrupted":
                 break

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hesper.artefact import load_cut, open_dense
 from hesper.benchmark.request import Subject
@@ -16,6 +17,7 @@ from hesper.data import Transform, batches, open_images
 from hesper.errors import UsageError
 from hesper.exporting import format_of
 from hesper.graft import GraftedViT, graft
+from hesper.graft.one_graph import compiled
 from hesper.heart.gallery import load_gallery
 from hesper.hosts.open import open_model, transform_of
 from hesper.plan import empty_plan
@@ -56,8 +58,13 @@ class Opened:
     dtype: torch.dtype = torch.float32
 
 
-def open_subject(subject: Subject, device: str, batch_size: int = 1, threads: int | None = None, precision: str = "fp32") -> Opened:
-    """Open a model on a device, one in PyTorch in a ``precision``: weights and activations; tokens are let go in single precision.
+def open_subject(
+    subject: Subject, device: str, batch_size: int = 1, threads: int | None = None, precision: str = "fp32", compile: str | None = None
+) -> Opened:
+    """Open a model on a device.
+
+    One in PyTorch in a ``precision`` of weights and activations (tokens are let go in single precision), and as torch.compile makes it
+    where a mode of it is given.
 
     Raises:
         UsageError: there is no such run, model or file, its weights do not fit, or it does not take so many images at a time.
@@ -69,14 +76,19 @@ def open_subject(subject: Subject, device: str, batch_size: int = 1, threads: in
     dense = open_model(subject.where, weights=subject.weights) if by_name else open_dense(open_run(subject.where))
     anatomy = dense.ref.anatomy
     view, dtype = View(anatomy.channels, anatomy.image_size, dense.transform, dense.mean, dense.std), dtype_of(precision)
-    runtime = f"torch {torch.__version__}" if precision == "fp32" else f"torch {torch.__version__}, {precision}"
+    how = [*([] if precision == "fp32" else [precision]), *([] if compile is None else [f"compiled ({compile})"])]
+    runtime, ready = ", ".join([f"torch {torch.__version__}", *how]), _ready if compile is None else partial(compiled, mode=compile)
     if subject.kind == "run":
         cut = load_cut(open_run(subject.where)).to(device)
         cut.network.to(dtype)
-        return Opened(cut, lambda images: _mean_macs(cut, images), view, subject, runtime, dtype=dtype)
+        return Opened(ready(cut), lambda images: _mean_macs(cut, images), view, subject, runtime, dtype=dtype)
     blank = dataclasses.replace(empty_plan(dense.ref.name, dense.ref.anatomy), model=dense.ref)
     count = float(graft(dense.host.module, blank, check_weights=False).dense_macs)
-    return Opened(dense.host.module.to(device, dtype), lambda images: count, view, subject, runtime, dtype=dtype)
+    return Opened(ready(dense.host.module.to(device, dtype)), lambda images: count, view, subject, runtime, dtype=dtype)
+
+
+def _ready(model: nn.Module) -> Callable[[Tensor], object]:
+    return model
 
 
 def _open_file(subject: Subject, device: str, batch_size: int, threads: int | None) -> Opened:

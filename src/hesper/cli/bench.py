@@ -64,6 +64,11 @@ class Sizes(click.ParamType):  # type: ignore[type-arg]  # generic in newer rele
     show_default=True,
     help="Of models in PyTorch; tokens are let go in single precision whatever it is.",
 )
+@click.option(
+    "--compile",
+    type=click.Choice(["default", "reduce-overhead", "max-autotune"]),
+    help="Compile models in PyTorch, the baseline too, in this mode of torch.compile; a RUN of fixed counts as one graph.",
+)
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Of the processor; torch's choice if not given.")
 @click.option(
     "--rounds", type=click.IntRange(3), default=10, show_default=True, metavar="N", help="Timed calls of each model in a process."
@@ -106,6 +111,7 @@ def bench(
     provider: str | None,
     device: str,
     precision: str,
+    compile: str | None,
     threads: int | None,
     rounds: int,
     processes: int,
@@ -133,6 +139,7 @@ def bench(
             provider=provider,
             device=device,
             precision=precision,
+            compile=compile,
             threads=threads,
             rounds=rounds,
             processes=processes,

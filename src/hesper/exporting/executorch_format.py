@@ -11,9 +11,9 @@ from torch import Tensor
 from hesper.errors import JobError, UsageError
 from hesper.exporting.formats import Runner
 from hesper.exporting.notes import KEY, Notes
-from hesper.exporting.one_graph import OneGraphViT
 from hesper.exporting.quiet import innermost, quietly
 from hesper.exporting.torch_format import exported
+from hesper.graft.one_graph import OneGraphViT
 
 __all__ = ["EXECUTORCH"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hesper.errors import UsageError
 from hesper.exporting.notes import Notes
-from hesper.exporting.one_graph import OneGraphViT
+from hesper.graft.one_graph import OneGraphViT
 from hesper.registry import Registry
 
 __all__ = ["FORMATS", "Format", "Runner", "format_of"]

@@ -20,9 +20,9 @@ from hesper.data import batches, open_images
 from hesper.errors import DISK_FULL, JobError, UsageError
 from hesper.exporting.formats import FORMATS, SUFFIXES
 from hesper.exporting.notes import Notes, Precision
-from hesper.exporting.one_graph import OneGraphViT
 from hesper.exporting.parity import Parity, compare_logits
 from hesper.graft import GraftedViT, graft
+from hesper.graft.one_graph import OneGraphViT
 from hesper.heart.gallery import load_gallery
 from hesper.hosts import fix_image_size
 from hesper.hosts.open import HF, OpenModel, open_model

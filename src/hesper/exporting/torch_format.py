@@ -12,8 +12,8 @@ from torch.export.passes import move_to_device_pass
 from hesper.errors import JobError, UsageError
 from hesper.exporting.formats import Runner
 from hesper.exporting.notes import KEY, Notes
-from hesper.exporting.one_graph import OneGraphViT
 from hesper.exporting.quiet import innermost, quietly
+from hesper.graft.one_graph import OneGraphViT
 
 __all__ = ["ARCHIVE", "exported"]
 

@@ -186,8 +186,8 @@ def _masses(size: Tensor, decision: EvenDecision) -> tuple[Tensor, Tensor, Tenso
 
 def _pairs(values: Tensor, decision: EvenDecision) -> tuple[Tensor, Tensor]:
     """``[images, m, ...]`` of each row that leaves the one it joins, and itself."""
-    home, moved = (values.index_select(0, where).unflatten(0, decision.gone.shape) for where in (decision.joined, decision.leaving))
-    return home, moved
+    shape = (*decision.gone.shape, *values.shape[1:])
+    return values.index_select(0, decision.joined).view(shape), values.index_select(0, decision.leaving).view(shape)
 
 
 def _carried(values: Tensor, size: Tensor, mean: Tensor, total: Tensor, decision: EvenDecision) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hesper.exporting.matching import join, pick, ward_prices_lean
+from hesper.graft.matching import join, pick, ward_prices_lean
 from hesper.graft.tokens import ward_prices
 
 

@@ -1,4 +1,4 @@
-"""A grafted model as one graph of tensors: the same decisions on a rectangle of tokens, for runtimes that execute graphs."""
+"""A grafted model as one graph of tensors: the same decisions on a rectangle of tokens, for compilers and runtimes that take graphs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from hesper.errors import UsageError
-from hesper.exporting.matching import ascending, dearest_first, join, pick, ranks, ward_prices_lean
 from hesper.graft import GraftedViT
 from hesper.graft.deciders import (
     LARGEST_LOG_CURVATURE,
@@ -22,12 +21,15 @@ from hesper.graft.deciders import (
     ScoredCut,
 )
 from hesper.graft.linkage import share
+from hesper.graft.matching import ascending, dearest_first, join, pick, ranks, ward_prices_lean
 from hesper.graft.restoration import Restoration
 from hesper.graft.tokens import INFINITY, similarity_prices
 from hesper.hosts.base import HostBlock, Projected
 from hesper.plan import TokenCut
 
-__all__ = ["OneGraphViT", "check_exportable"]
+__all__ = ["COMPILE_MODES", "OneGraphViT", "check_one_graph", "compiled"]
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +41,7 @@ class Tokens:
     place: Tensor | None = None
 
 
-def check_exportable(cut: GraftedViT) -> None:
+def check_one_graph(cut: GraftedViT) -> None:
     """UsageError, with the alternative, where a model decides what no graph can."""
     plan = cut.plan
     if plan.gates:
@@ -60,6 +62,7 @@ class OneGraphViT(nn.Module):
 
     Args:
         cut: the model to run; its parts are shared.
+        fused: leave attention to torch's own operator, which not every runtime of exported graphs has.
 
     Raises:
         UsageError: it decides what no graph can.
@@ -76,11 +79,15 @@ class OneGraphViT(nn.Module):
         True
     """
 
-    def __init__(self, cut: GraftedViT) -> None:
+    def __init__(self, cut: GraftedViT, fused: bool = False) -> None:
         super().__init__()
-        check_exportable(cut)
+        check_one_graph(cut)
         self.cut = cut
         self.plan = cut.plan
+        # Looked up here once: what traces a graph need not follow names.
+        deciders = dict(cut.deciders.items())
+        self._deciders = [deciders.get(str(block)) for block in range(cut.plan.model.anatomy.depth)]
+        self._fused = fused
 
     @property
     def fixed(self) -> bool:
@@ -120,10 +127,10 @@ class OneGraphViT(nn.Module):
     def _through(self, index: int, block: HostBlock, tokens: Tokens) -> Tokens:
         projected = block.project(tokens.rows, tokens.place)
         log_size = self._log_size(index, tokens)
-        mixed, mass = _attend(projected, log_size, block.scale)
+        mixed, mass = _attend(projected, log_size, block.scale, self._fused)
         tokens = replace(tokens, rows=tokens.rows + block.merge_heads(mixed))
-        if str(index) in self.cut.deciders and cast(Any, self.cut.deciders[str(index)]).cut.remove != 0:
-            decider = self.cut.deciders[str(index)]
+        decider = self._deciders[index]
+        if decider is not None and cast(Any, decider).cut.remove != 0:
             attention = None
             if cast(Any, decider).reads_attention:
                 attention = _reader_attention(projected, mass, log_size, block.scale, self.plan.model.anatomy.prefix_tokens)
@@ -134,15 +141,18 @@ class OneGraphViT(nn.Module):
         prefix = tokens.rows[:, : self.plan.model.anatomy.prefix_tokens]
         projected = block.project_readers(tokens.rows, prefix, tokens.place)
         log_size = self._log_size(self.plan.model.anatomy.depth - 1, tokens)
-        prefix = prefix + block.merge_heads(_attend(projected, log_size, block.scale)[0])
+        prefix = prefix + block.merge_heads(_attend(projected, log_size, block.scale, self._fused)[0])
         return self.cut.host.readout(self.cut.host.norm(prefix + block.feed(prefix)), None)
 
     def _log_size(self, index: int, tokens: Tokens) -> Tensor | None:
         """``[images, 1 or heads, 1, n]``."""
         if tokens.size is None:
             return None
-        log, power = tokens.size.log()[:, None, None], self.cut._size_power(index)
-        return log if power is None else log * power[:, None, None].to(log.dtype)
+        log = tokens.size.log()[:, None, None]
+        if self.cut._plain_sizes:
+            return log
+        power = self.cut.size_exponent[index, self.cut._heads[index]]
+        return log * power[:, None, None].to(log.dtype)
 
     def _decide(self, decider: nn.Module, projected: Projected, attention: Tensor | None, tokens: Tokens) -> Tokens:
         """What the block's decider lets go, in single precision."""
@@ -242,18 +252,59 @@ class OneGraphViT(nn.Module):
         return Tokens(left, torch.cat([size[:, :prefix], sums[..., -1]], 1), place)
 
 
-def _attend(projected: Projected, log_size: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T + log size) v, ``[images, queries, heads * head_dim]``, and its logits ``[images, heads, queries, n]``."""
+def compiled(model: nn.Module, mode: str = "default") -> Callable[[Tensor], Tensor]:
+    """``torch.compile`` of a model, with as few graphs as it can be: one where every image keeps as many tokens as any other.
+
+    Where counts or heads adapt to the image, what every row goes through is compiled and what decides is stepped over. A graph is made
+    in the first call, which takes a minute or so, and again for the first other number of images.
+
+    Args:
+        model: a grafted model, or a dense one to compare it with.
+        mode: one of :data:`COMPILE_MODES`, which are torch's: "reduce-overhead" replays the kernels of a graphics card as they were
+            recorded, so that a batch is not held up by starting them one by one.
+
+    Raises:
+        UsageError: there is no such mode.
+
+    Example:
+        >>> compiled(nn.Identity(), "fastest")
+        Traceback (most recent call last):
+        hesper.errors.UsageError: There is no mode 'fastest' of torch.compile; use default, reduce-overhead, max-autotune.
+    """
+    if mode not in COMPILE_MODES:
+        raise UsageError(f"There is no mode '{mode}' of torch.compile; use {', '.join(COMPILE_MODES)}.")
+    one = _as_one_graph(model) if isinstance(model, GraftedViT) else model
+    whole = one is not None
+    return cast(Callable[[Tensor], Tensor], torch.compile(model if one is None else one, mode=mode, fullgraph=whole))
+
+
+def _as_one_graph(cut: GraftedViT) -> OneGraphViT | None:
+    try:
+        graph = OneGraphViT(cut, fused=True)
+    except UsageError:
+        return None
+    return graph if graph.fixed else None
+
+
+def _attend(projected: Projected, log_size: Tensor | None, scale: float, fused: bool) -> tuple[Tensor, Tensor | None]:
+    """softmax(scale q k^T + log size) v, ``[images, queries, heads * head_dim]``.
+
+    Besides its logits ``[images, heads, queries, n]``, which are never there where it is ``fused`` into one operator.
+    """
     query, key, value = (part.transpose(1, 2) for part in (projected.query, projected.key, projected.value))
+    if fused:
+        bias = None if log_size is None else log_size.to(query.dtype).expand(-1, query.shape[1], query.shape[2], -1)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+        return mixed.transpose(1, 2).flatten(2), None
     logits = (query * scale) @ key.transpose(-2, -1)
     if log_size is not None:
         logits = logits + log_size.to(logits.dtype)
     return (logits.softmax(-1) @ value).transpose(1, 2).flatten(2), logits
 
 
-def _reader_attention(projected: Projected, mass: Tensor, log_size: Tensor | None, scale: float, prefix: int) -> Tensor:
+def _reader_attention(projected: Projected, mass: Tensor | None, log_size: Tensor | None, scale: float, prefix: int) -> Tensor:
     """As :func:`hesper.graft.attention.reader_attention`, ``[images, n, heads]``, in single precision; ``mass`` are attention's logits."""
-    if prefix and mass.dtype != torch.float16:
+    if mass is not None and prefix and mass.dtype != torch.float16:
         own = mass[:, :, 0]
     else:
         query = projected.query[:, 0] if prefix else projected.query.mean(1)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from families import FAMILIES, family, shots
 from hesper.errors import UsageError
-from hesper.exporting.one_graph import OneGraphViT
 from hesper.graft import GraftedViT, graft
+from hesper.graft.one_graph import OneGraphViT, compiled
 from hesper.plan import HeadCut, HeadGate, TokenCut
 from vits import KINDS, READERS, REMOVABLE, cuts_of, gate_tables, learned_tables, pictures, plan_for, tables, vit
 
@@ -125,3 +127,49 @@ def test_cuts_of_nothing_of_one_and_of_the_last_block(remove: int, skip: bool) -
 def test_only_removed_heads() -> None:
     model = vit("plain", torch.float64)
     check(graft(model, plan_for(model, heads=[HeadCut(1, (0, 2))])), pictures(2, torch.float64), adaptive=False)
+
+
+WHOLE = [("plain", "kl", "merge refined"), ("pooled", "kl", "merge"), ("plain", "tome", "merge"), ("plain", "cls", "merge")]
+
+
+@pytest.mark.parametrize(("kind", "criterion", "combine"), WHOLE)
+def test_a_compiler_takes_fixed_counts_as_one_graph_of_any_number_of_images(kind: str, criterion: str, combine: str) -> None:
+    torch.compiler.reset()
+    model, (how, *refined) = vit(kind, torch.float64), combine.split()
+    cut = cut_of(model, criterion, how, bool(refined), remove=4)
+    whole = torch.compile(OneGraphViT(cut, fused=True), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for many in (3, 1):
+            torch.testing.assert_close(whole(pictures(many, torch.float64)), cut(pictures(many, torch.float64)), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("how", [{"remove": 4}, {"threshold": 0.05}])
+def test_a_compiled_model_is_the_model(how: dict[str, Any]) -> None:
+    torch.compiler.reset()
+    cut = cut_of(vit("plain"), "kl", "merge", learned=True, **how)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(cut)(pictures(3)), cut(pictures(3)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fixed_counts_wait_for_nothing(kind: str, learned: bool) -> None:
+    """On tensors without values whatever asks for one fails, in the packed model too."""
+    cut = cut_of(vit(kind), "kl", "merge", learned=learned, remove=4)
+    adaptive = cut_of(vit(kind), "kl", "merge", threshold=0.05)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        assert cut(torch.randn(pictures(3).shape)).shape == (3, cut.plan.model.anatomy.classes)
+        with pytest.raises(Exception, match=r"(?i)data.?dependent|numpy"):
+            adaptive(torch.randn(pictures(3).shape))
+
+
+@torch.no_grad()
+def test_half_precision_decides_in_single() -> None:
+    """The network alone in halves: what is decided from the same rows is decided as by the exported graph, and sizes count on."""
+    cut = cut_of(vit("plain"), "kl", "merge", learned=True, remove=4)
+    expected = cut(pictures(3))
+    cut.network.bfloat16()
+    found = cut(pictures(3).bfloat16())
+    assert found.dtype is torch.bfloat16
+    assert (found.float() - expected).abs().max() < 0.05 * expected.abs().max()
