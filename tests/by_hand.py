@@ -99,11 +99,8 @@ def by_hand(
 
 
 def rows_that_leave(decision: Decision | EvenDecision) -> dict[int, int | None]:
-    """{row that leaves: row it merges into, None for drops}, of either kind of decision."""
-    if isinstance(decision, EvenDecision):
-        gone, into = decision.leaving.tolist(), None if decision.into is None else decision.joined.tolist()
-    else:
-        gone, into = decision.gone.tolist(), None if decision.into is None else decision.into.tolist()
+    """{row that leaves: row it merges into, None for drops}."""
+    gone, into = decision.gone.tolist(), None if decision.into is None else decision.into.tolist()
     assert len(set(gone)) == len(gone)
     return dict(zip(gone, [None] * len(gone) if into is None else into, strict=True))
 

@@ -22,26 +22,25 @@ def merges(draw: st.DrawFn, tokens: int | None = None, images: int | None = None
     """For every image some rows that leave, in any order, and where each goes."""
     images, tokens = images or draw(st.integers(1, 3)), tokens or draw(st.integers(2, 9))
     many = draw(st.integers(0, tokens - 1))
-    gone, into = [], []
-    for _ in range(images):
-        order = draw(st.permutations(range(tokens)))
-        gone.append(order[:many])
-        into.append([draw(st.sampled_from(order[many:])) for _ in range(many)])
-    shape = (images, many)
-    return EvenDecision(tokens, torch.tensor(gone).view(shape).long(), torch.tensor(into).view(shape).long())
+    gone: list[int] = []
+    into: list[int] = []
+    for image in range(images):
+        order = [image * tokens + place for place in draw(st.permutations(range(tokens)))]
+        gone += order[:many]
+        into += [draw(st.sampled_from(order[many:])) for _ in range(many)]
+    return EvenDecision(images, tokens, torch.tensor(gone, dtype=torch.int64), torch.tensor(into, dtype=torch.int64))
 
 
 def on_host(decision: EvenDecision) -> Decision:
     """The same decision as rows in ascending order on the host."""
-    gone = decision.leaving.numpy()
-    order = gone.argsort()
-    into = None if decision.into is None else decision.joined.numpy()[order]
-    return Decision(decision.tokens * decision.images, gone[order], into, decision.left)
+    order = decision.gone.numpy().argsort()
+    into = None if decision.into is None else decision.into.numpy()[order]
+    return Decision(decision.rows, decision.gone.numpy()[order], into, decision.left)
 
 
 def rows_for(decision: EvenDecision) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    many = decision.images * decision.tokens
+    many = decision.rows
     return torch.randn(many, 5, generator=generator, dtype=DOUBLE), torch.randint(1, 5, (many,), generator=generator).to(DOUBLE)
 
 
@@ -50,20 +49,20 @@ def test_it_says_what_a_decision_on_the_host_says(decision: EvenDecision) -> Non
     other = on_host(decision)
     assert decision.staying.tolist() == other.staying.tolist() and decision.fate.tolist() == other.fate.tolist()
     assert decision.nothing == other.nothing and decision.left == other.left
-    homes = dict(zip(decision.leaving.tolist(), decision.homes.tolist(), strict=True))
+    homes = dict(zip(decision.gone.tolist(), decision.homes.tolist(), strict=True))
     assert [homes[row] for row in other.gone.tolist()] == other.to.tolist()
 
 
 @given(merges())
 def test_drops_say_what_a_decision_on_the_host_says(decision: EvenDecision) -> None:
-    drops = EvenDecision(decision.tokens, decision.gone, None)
+    drops = EvenDecision(decision.images, decision.tokens, decision.gone, None)
     assert drops.staying.tolist() == on_host(drops).staying.tolist() and drops.fate.tolist() == on_host(drops).fate.tolist()
 
 
 @given(st.data())
 def test_one_after_the_other_is_both_at_once(data: st.DataObject) -> None:
     first = data.draw(merges())
-    later = data.draw(merges(first.stay, first.images))
+    later = data.draw(merges(first.left[0], first.images))
     both, other = first.then(later), on_host(first).then(on_host(later))
     assert both.staying.tolist() == other.staying.tolist() and both.fate.tolist() == other.fate.tolist() and both.left == other.left
 
@@ -81,7 +80,7 @@ def test_means_and_sizes_are_those_of_the_host(decision: EvenDecision) -> None:
 
 
 def test_gradients_are_those_of_the_host_where_several_go_to_one_row() -> None:
-    decision = EvenDecision(5, torch.tensor([[4, 1, 2], [0, 2, 3]]), torch.tensor([[0, 0, 3], [1, 1, 1]]))
+    decision = EvenDecision(2, 5, torch.tensor([4, 1, 2, 5, 7, 8]), torch.tensor([0, 0, 3, 6, 6, 6]))
     rows, size = rows_for(decision)
     weights = torch.randn(2 * 2, 5, generator=torch.Generator().manual_seed(2), dtype=DOUBLE)
     slopes = []
@@ -95,7 +94,7 @@ def test_gradients_are_those_of_the_host_where_several_go_to_one_row() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rows_in_halves_are_averaged_in_single_precision(dtype: torch.dtype) -> None:
     tokens = 300
-    decision = EvenDecision(tokens, torch.arange(1, tokens)[None], torch.zeros(1, tokens - 1, dtype=torch.int64))
+    decision = EvenDecision(1, tokens, torch.arange(1, tokens), torch.zeros(tokens - 1, dtype=torch.int64))
     rows = torch.full((tokens, 4), 400.0, dtype=dtype)
     mean, size = restored_mean(rows, torch.ones(tokens), decision, Restoration(4))
     assert mean.dtype is dtype and mean.tolist() == [[400.0] * 4] and size.tolist() == [float(tokens)]
@@ -104,8 +103,8 @@ def test_rows_in_halves_are_averaged_in_single_precision(dtype: torch.dtype) -> 
 def test_host_numbers_are_not_needed_before_the_rows_are_there() -> None:
     """On tensors without values everything that waits for one fails."""
     with FakeTensorMode():
-        first = EvenDecision(9, torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64))
-        both = first.then(EvenDecision(6, torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64)))
+        first = EvenDecision(2, 9, torch.zeros(6, dtype=torch.int64), torch.zeros(6, dtype=torch.int64))
+        both = first.then(EvenDecision(2, 6, torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)))
         rows, size = restored_mean(torch.randn(18, 5), torch.ones(18), both, Restoration(5))
         assert rows.shape == (8, 5) and size.shape == (8,) and both.fate.shape == (18,)
     assert np.shape(both.left) == (2,)

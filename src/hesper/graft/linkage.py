@@ -82,9 +82,14 @@ def _link_evenly(points: Points, shares: list[int]) -> EvenDecision:
 
 def evenly_paired(price: Tensor, to: Tensor | None, remove: int, layout: Layout, first: int = 0, step: int = 1) -> EvenDecision:
     """The ``remove`` cheapest candidates of each image, which are the patches ``first``, ``first + step``, ...; as :func:`paired`."""
+    images, tokens, prefix = len(layout.counts), layout.counts[0], layout.prefix
     order = price.topk(min(remove, price.shape[-1]), dim=-1, largest=False, sorted=False).indices
-    into = None if to is None else to.gather(1, order) + layout.prefix
-    return EvenDecision(layout.counts[0], order * step + (first + layout.prefix), into, (layout.counts,))
+
+    def rows(places: Tensor, shift: int) -> Tensor:
+        return (places + torch.arange(shift, shift + layout.rows, tokens, device=places.device)[:, None]).flatten()
+
+    into = None if to is None else rows(to.gather(1, order), prefix)
+    return EvenDecision(images, tokens, rows(order * step, prefix + first), into, (layout.counts,))
 
 
 def paired(go: Tensor, to: Tensor | None, layout: Layout, first: int = 0, step: int = 1) -> Decision:

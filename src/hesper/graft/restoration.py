@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hesper.graft.decision import Decision, grouped_mean
-from hesper.graft.even import EvenDecision, even_restored_mean
+from hesper.graft.even import EvenDecision, even_mean
 
 # A mean shorter than a quarter of its members is mostly what they disagree in, and is stretched no further.
 MOST_STRETCHED = 4.0
@@ -64,7 +64,7 @@ def restored_mean(
     if restoration is None:
         return grouped_mean(values, size, decision)
     if isinstance(decision, EvenDecision):
-        return even_restored_mean(values, size, decision, restoration)
+        return even_mean(values, size, decision, restoration)
     groups = decision.groups
     wide = torch.promote_types(values.dtype, torch.float32)  # sums over a large group need more digits than halves have
     mass = size.index_select(0, groups.member).to(wide)
