@@ -38,6 +38,7 @@ from hesper.runs import environment, open_run
 BASE = {"augreg": "vit_base_patch16_224.augreg_in21k_ft_in1k", "deit": "deit_base_patch16_224"}
 BUDGETS = ("0.505", "0.66")
 DEVICE_BATCH = 64
+REPLAYED = "reduce-overhead"
 
 
 @dataclass(frozen=True)
@@ -112,28 +113,30 @@ def export(desk: Desk, key: str, budget: str, precision: str) -> tuple[str, floa
     return hesper_verb(desk, name, "export", *target, *half, "--out", desk.out / f"{name}.onnx")
 
 
-def bench(desk: Desk, step: str, target: Path, sizes: tuple[int, ...], **options: Any) -> None:
-    """Bench on the card, and tell what was found batch size by batch size."""
+def bench(desk: Desk, target: Path, sizes: tuple[int, ...], energy: bool = False, **options: Any) -> None:
+    """Bench on the card, and tell what was found batch size by batch size; ``energy`` takes half a minute more for each."""
+    words = {name: str(value) for name, value in options.items()}
     for size in sizes[:2] if desk.quick else sizes:
         if not desk.has_time():
-            desk.tell(step, target=target.name, batch=size, skipped=True)
+            desk.tell("bench", target=target.name, batch=size, skipped=True, **words)
             continue
         found = hesper.bench(
             target,
             batch_sizes=(size,),
             data=desk.val,
             device=desk.device,
-            rounds=30 if size < 128 else 15,
+            rounds=20,
             processes=1,
-            stretch_seconds=0.5 if desk.quick else 1.5,
+            stretch_seconds=4.4,  # NVML's counter moves ten times a second, and forty moves are needed
+            meter="auto" if energy and not desk.quick else "none",
             memory=False,
             **options,
         ).summary()
         (cell,) = found["cells"]
         for each in cell["models"].values():
-            del each["seconds"]
+            del each["seconds"], each["stretches"]
         meter = found["meter"] or found["meter_reason"]
-        desk.tell(step, target=target.name, precision=options.get("precision"), meter=meter, cell=cell, warnings=found["warnings"])
+        desk.tell("bench", target=target.name, **words, meter=meter, cell=cell, warnings=found["warnings"])
 
 
 def parity(desk: Desk, key: str, budget: str, precision: str) -> None:
@@ -152,29 +155,29 @@ def steps(desk: Desk) -> Iterator[Callable[[], None]]:
     augreg, deit = ({budget: desk.run(key, budget) for budget in (*BUDGETS, "adaptive", "latency")} for key in MODELS)
     yield lambda: first_runs(desk)
     for precision in ("fp16", "fp32"):
-        yield partial(bench, desk, "torch", augreg["0.505"], (1, 64, 256), precision=precision)
+        yield partial(bench, desk, augreg["0.505"], (64, 1, 256), energy=True, precision=precision, compile=REPLAYED)
+    yield partial(bench, desk, augreg["0.505"], (64, 1), precision="fp16")
+    yield partial(bench, desk, deit["0.505"], (64, 1, 256), precision="fp16", compile=REPLAYED)
+    yield lambda: more_runs(desk)
+    yield partial(bench, desk, augreg["0.66"], (64, 1, 256), precision="fp16", compile=REPLAYED)
+    yield partial(bench, desk, deit["0.66"], (64, 1, 256), precision="fp16", compile=REPLAYED)
+    yield lambda: all_of(desk, "latency", [prune(desk, "augreg", "latency", "--latency", "0.7", "--device-batch", DEVICE_BATCH)])
+    yield partial(bench, desk, augreg["latency"], (DEVICE_BATCH,), precision="fp32")
+    yield lambda: files(desk)
     for precision in ("fp32", "fp16"):
         dense, cut = (desk.out / f"augreg-{name}-{precision}.onnx" for name in ("dense", "0.505"))
-        yield partial(bench, desk, "onnx", cut, (1, 64, 256), baseline=dense)
+        yield partial(bench, desk, cut, (64, 1, 256), baseline=dense)
         yield partial(parity, desk, "augreg", "0.505", precision)
-    yield lambda: all_of(desk, "latency", [prune(desk, "augreg", "latency", "--latency", "0.7", "--device-batch", DEVICE_BATCH)])
-    yield partial(bench, desk, "latency", augreg["latency"], (DEVICE_BATCH,), precision="fp32")
-    yield partial(bench, desk, "torch", deit["0.505"], (64, 1, 256), precision="fp32")
-    yield lambda: more_runs(desk)
-    yield partial(bench, desk, "torch", augreg["0.66"], (64, 1, 256), precision="fp32")
-    yield partial(bench, desk, "torch", deit["0.66"], (64, 1, 256), precision="fp32")
-    yield partial(bench, desk, "torch", augreg["adaptive"], (64, 1), precision="fp32")
-    yield partial(bench, desk, "torch", augreg["0.505"], (8, 16, 128), precision="fp16")
+    yield partial(bench, desk, augreg["0.505"], (8, 16, 128), precision="fp16", compile=REPLAYED)
+    yield partial(bench, desk, augreg["adaptive"], (64, 256, 1), precision="fp16")
 
 
 def first_runs(desk: Desk) -> None:
-    """Weights, the smaller run of both models, and files of the first one."""
+    """Weights, and the smaller run of both models."""
     for key, (_, file) in MODELS.items():
         save_file(widened(load_file(desk.data / "weights" / file), 4), desk.weights(key))
     small = BUDGETS[0]
-    begun = [prune(desk, key, small, "--macs", small, "--counts", "fixed") for key in MODELS]
-    all_of(desk, "make", begun + [export(desk, "augreg", "dense", precision) for precision in ("fp32", "fp16")])
-    all_of(desk, "export", [export(desk, "augreg", small, precision) for precision in ("fp32", "fp16")])
+    all_of(desk, "make", [prune(desk, key, small, "--macs", small, "--counts", "fixed") for key in MODELS])
 
 
 def more_runs(desk: Desk) -> None:
@@ -182,6 +185,13 @@ def more_runs(desk: Desk) -> None:
     small, large = BUDGETS
     begun = [prune(desk, key, large, "--macs", large, "--counts", "fixed") for key in MODELS]
     all_of(desk, "make", [*begun, prune(desk, "augreg", "adaptive", "--macs", small)])
+
+
+def files(desk: Desk) -> None:
+    """ONNX files of one run and of its dense model."""
+    all_of(
+        desk, "export", [export(desk, "augreg", budget, precision) for budget in ("dense", BUDGETS[0]) for precision in ("fp32", "fp16")]
+    )
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ def tokens_alone(model: OpenModel, images: Tensor, decisions: Sequence[Decision]
     blocks = tuple(1e-3 * count / anatomy.tokens for count in counts)
     deciding = {str(decision.rounds): nothing for decision in decisions}
     dense = 1e-3 * anatomy.depth
-    return Stairs(len(images), 1, True, counts, blocks, nothing, nothing, counts, deciding, heads, (1e-3, 1e-3), 1e-3, dense)
+    return Stairs(len(images), True, counts, blocks, nothing, nothing, counts, deciding, heads, (1e-3, 1e-3), 1e-3, dense)
 
 
 def test_a_budget_of_latency_is_measured_and_told(tmp_path: Path, weights: Path, images: Path) -> None:

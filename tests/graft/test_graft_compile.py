@@ -83,7 +83,7 @@ def test_machine_code_for_the_halves_gives_the_same_logits() -> None:
 def test_one_graph_is_refused_in_one_sentence(how: dict[str, Any]) -> None:
     cut = cut_model(vit(), **how)
     with pytest.raises(
-        RuntimeError, match=r"decided image by image, so a grafted model does not compile as one graph; use torch\.compile without"
+        RuntimeError, match=r"decided image by image, so a grafted model does not compile as one graph; use hesper\.compiled"
     ):
         torch.compile(cut, backend="eager", fullgraph=True)(pictures(2))
 

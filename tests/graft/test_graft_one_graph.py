@@ -164,12 +164,17 @@ def test_fixed_counts_wait_for_nothing(kind: str, learned: bool) -> None:
             adaptive(torch.randn(pictures(3).shape))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_half_precision_decides_in_single() -> None:
-    """The network alone in halves: what is decided from the same rows is decided as by the exported graph, and sizes count on."""
-    cut = cut_of(vit("plain"), "kl", "merge", learned=True, remove=4)
-    expected = cut(pictures(3))
-    cut.network.bfloat16()
-    found = cut(pictures(3).bfloat16())
-    assert found.dtype is torch.bfloat16
-    assert (found.float() - expected).abs().max() < 0.05 * expected.abs().max()
+def test_a_network_in_halves_lets_tokens_go_in_single_precision(kind: str) -> None:
+    """Sizes and what is decided keep their digits, logits come in halves, packed and as one graph."""
+    for how in ({"remove": 4}, {"threshold": 0.05}):
+        cut = cut_of(vit(kind), "kl", "merge", learned=True, **how)
+        expected = cut(pictures(3))
+        cut.network.bfloat16()
+        many = pictures(3).bfloat16()
+        packed = cut(many)
+        graphs = OneGraphViT(cut)(many) if "remove" in how else torch.cat([OneGraphViT(cut)(image[None]) for image in many])
+        assert packed.dtype is graphs.dtype is torch.bfloat16
+        for found in (packed, graphs):
+            assert (found.float() - expected).abs().mean() < 0.05 * expected.abs().max()

@@ -29,9 +29,7 @@ def stairs(start: float = 0.0) -> Stairs:
     counts = (1, 197)
     blocks = tuple(BLOCK * count / 197 for count in counts)
     nothing = (0.0, 0.0)
-    return Stairs(
-        1, 1, False, counts, blocks, nothing, nothing, counts, {"1": nothing}, (1, 3), (BLOCK / 3, BLOCK), start, 12 * BLOCK + start
-    )
+    return Stairs(1, False, counts, blocks, nothing, nothing, counts, {"1": nothing}, (1, 3), (BLOCK / 3, BLOCK), start, 12 * BLOCK + start)
 
 
 def family() -> Family:

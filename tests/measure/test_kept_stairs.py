@@ -13,7 +13,7 @@ from hesper.plan import Anatomy, ModelRef
 
 REF = ModelRef("tiny", "timm", "ab" * 32, Anatomy(12, 192, 3, 64, 768, 197, 1, 1000, 768, (224, 224), (14, 14), False))
 MACHINE = Fingerprint({"cpu": "A78", "torch": "2.6"}, {"busy": 0.0})
-STAIRS = Stairs(1, 1, True, (2, 197), (1.0, 2.0), (0.5, 1.0), (0.1, 0.2), (2, 197), {"1": (0.0, 0.1)}, (1, 3), (0.2, 1.0), 0.5, 20.0)
+STAIRS = Stairs(1, True, (2, 197), (1.0, 2.0), (0.5, 1.0), (0.1, 0.2), (2, 197), {"1": (0.0, 0.1)}, (1, 3), (0.2, 1.0), 0.5, 20.0)
 
 
 class Measure:

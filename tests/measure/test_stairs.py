@@ -130,7 +130,7 @@ def test_two_ways_of_letting_tokens_go_are_refused(model: OpenModel) -> None:
 def stairs_of(counts: Sequence[int], seconds: Callable[[int], float], images: int = 1) -> Stairs:
     flat = (0.0,) * len(counts)
     blocks = tuple(seconds(count) for count in counts)
-    return Stairs(images, 1, True, tuple(counts), blocks, flat, flat, (2, 197), {}, (1,), (1.0,), 0.0, 1.0)
+    return Stairs(images, True, tuple(counts), blocks, flat, flat, (2, 197), {}, (1,), (1.0,), 0.0, 1.0)
 
 
 @pytest.mark.parametrize("edge", [8, 16, 32])

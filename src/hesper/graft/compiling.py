@@ -1,7 +1,7 @@
 """What ``torch.compile`` may look into: a host's halves, and nothing that decides, packs or unpacks.
 
 Token counts depend on the images, so a graph over them would be made anew for almost every batch. The halves see rows alone: one
-graph for any number of them serves all blocks of a shape.
+graph for any number of them serves all blocks of a shape. Where counts are fixed, :mod:`hesper.graft.one_graph` is one graph in all.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any, TypeVar, cast
 import torch
 
 REASON = (
-    "Which tokens stay is decided image by image, so a grafted model does not compile as one graph; use torch.compile without fullgraph."
+    "Which tokens stay is decided image by image, so a grafted model does not compile as one graph; use hesper.compiled, which makes one "
+    "where counts are fixed, or torch.compile without fullgraph."
 )
 
 # Older releases of torch refuse without saying why.

@@ -22,6 +22,7 @@ from hesper.graft.deciders import (
 )
 from hesper.graft.linkage import share
 from hesper.graft.matching import ascending, dearest_first, join, pick, ranks, ward_prices_lean
+from hesper.graft.ragged import HALVES
 from hesper.graft.restoration import Restoration
 from hesper.graft.tokens import INFINITY, similarity_prices
 from hesper.hosts.base import HostBlock, Projected
@@ -120,9 +121,7 @@ class OneGraphViT(nn.Module):
         normed, prefix = host.norm(tokens.rows), anatomy.prefix_tokens
         if not anatomy.reads_patches:
             return host.readout(normed[:, :prefix], None)
-        return host.readout(
-            normed[:, :prefix], normed[:, prefix:], None if tokens.size is None else tokens.size[:, prefix:].to(normed.dtype)
-        )
+        return host.readout(normed[:, :prefix], normed[:, prefix:], None if tokens.size is None else tokens.size[:, prefix:])
 
     def _through(self, index: int, block: HostBlock, tokens: Tokens) -> Tokens:
         projected = block.project(tokens.rows, tokens.place)
@@ -304,7 +303,7 @@ def _attend(projected: Projected, log_size: Tensor | None, scale: float, fused: 
 
 def _reader_attention(projected: Projected, mass: Tensor | None, log_size: Tensor | None, scale: float, prefix: int) -> Tensor:
     """As :func:`hesper.graft.attention.reader_attention`, ``[images, n, heads]``, in single precision; ``mass`` are attention's logits."""
-    if mass is not None and prefix and mass.dtype != torch.float16:
+    if mass is not None and prefix and mass.dtype not in HALVES:
         own = mass[:, :, 0]
     else:
         query = projected.query[:, 0] if prefix else projected.query.mean(1)

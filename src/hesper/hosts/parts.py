@@ -60,7 +60,8 @@ def mean(tokens: Tensor, weight: Tensor | None) -> Tensor:
     """
     if weight is None:
         return tokens.mean(1)
-    return (tokens * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
+    pooled: Tensor = (tokens * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
+    return pooled.to(tokens.dtype)  # weights may have more digits than tokens
 
 
 def with_prefix(prefix: Tensor, patches: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:

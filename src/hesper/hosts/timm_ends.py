@@ -130,6 +130,6 @@ def read_out(module: Any, prefix: Tensor, patches: Tensor | None, weight: Tensor
         pooled = mean(tokens, weight)[:, None]
         out = module.forward_head(pooled if pools_prefix(module) else torch.cat([prefix, pooled], 1))
         return out
-    mask = None if weight is None else weight.log()[:, None, None]
+    mask = None if weight is None else weight.log()[:, None, None].to(tokens.dtype)
     out = module.head(module.head_drop(module.fc_norm(module.attn_pool(tokens, attn_mask=mask))))
     return out

@@ -47,7 +47,6 @@ class Stairs:
     """
 
     batch_size: int
-    prefix: int
     skip_unread: bool
     counts: tuple[int, ...]
     blocks: tuple[float, ...]
@@ -97,7 +96,7 @@ class Stairs:
         Example:
             >>> flat = (0.0,) * 128
             >>> steps = tuple(float(-(-count // 16)) for count in range(1, 129))
-            >>> Stairs(1, 1, True, tuple(range(1, 129)), steps, flat, flat, (1, 128), {}, (1,), (1.0,), 0.0, 1.0).multiple(8)
+            >>> Stairs(1, True, tuple(range(1, 129)), steps, flat, flat, (1, 128), {}, (1,), (1.0,), 0.0, 1.0).multiple(8)
             16
         """
         counts, seconds = np.array(self.counts), np.array(self.blocks)
@@ -120,7 +119,7 @@ class Stairs:
 
         Example:
             >>> flat, steps = (0.0,) * 4, (1.0, 3.0, 2.0, 4.0)
-            >>> stairs = Stairs(1, 1, True, (10, 15, 16, 20), steps, flat, flat, (10, 20), {}, (1,), (1.0,), 0.0, 1.0)
+            >>> stairs = Stairs(1, True, (10, 15, 16, 20), steps, flat, flat, (10, 20), {}, (1,), (1.0,), 0.0, 1.0)
             >>> stairs.landing(15), stairs.landing(16), stairs.landing(12)
             (16, 16, 12)
         """
@@ -217,9 +216,8 @@ class _Walk:
         added = self._added(found, deciding, dict(zip(counts, feeds, strict=True)))
         begin, dense = found["begin", self.full], found["dense", self.full]
         skips = self.pieces.skip_unread
-        return Stairs(
-            len(self.images), self.prefix, skips, counts, blocks, feeds, finish, tuple(deciding), added, heads, attention, begin, dense
-        )
+        many = len(self.images)
+        return Stairs(many, skips, counts, blocks, feeds, finish, tuple(deciding), added, heads, attention, begin, dense)
 
     def _counts(self, seconds: float) -> tuple[tuple[int, ...], int]:
         """All counts, or the multiples of two, four and so on, with the fewest and the most; and how many rounds to walk them."""
