@@ -171,10 +171,10 @@ def test_a_network_in_halves_lets_tokens_go_in_single_precision(kind: str) -> No
     for how in ({"remove": 4}, {"threshold": 0.05}):
         cut = cut_of(vit(kind), "kl", "merge", learned=True, **how)
         expected = cut(pictures(3))
-        cut.network.bfloat16()
-        many = pictures(3).bfloat16()
+        cut.network.half()
+        many = pictures(3).half()
         packed = cut(many)
         graphs = OneGraphViT(cut)(many) if "remove" in how else torch.cat([OneGraphViT(cut)(image[None]) for image in many])
-        assert packed.dtype is graphs.dtype is torch.bfloat16
+        assert packed.dtype is graphs.dtype is torch.float16
         for found in (packed, graphs):
             assert (found.float() - expected).abs().mean() < 0.05 * expected.abs().max()
