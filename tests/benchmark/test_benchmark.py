@@ -16,7 +16,7 @@ import hesper
 from cli_helpers import NAME
 from hesper.benchmark import Subject, launch
 from hesper.benchmark.subject import images_for, open_subject
-from hesper.errors import UsageError
+from hesper.errors import HesperError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,12 @@ def test_compiled_models_are_benched_and_said_to_be(weights: Path) -> None:
     quick: dict[str, Any] = {"threads": 1, "rounds": 3, "processes": 1, "meter": "none", "memory": False}
     (cell,) = hesper.bench(NAME, weights=weights, compile="default", **quick).cells
     assert cell.ending == "done" and cell.series["target"].runtime == f"torch {torch.__version__}, compiled (default)"
+
+
+def test_without_a_compiler_it_says_what_to_do(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    with pytest.raises(HesperError, match=r"torch.compile cannot compile here: .*compiler.*; mend that, or leave --compile out"):
+        hesper.bench(NAME, weights=weights, compile="default", threads=1, rounds=3, processes=1, meter="none")
 
 
 def test_every_model_sees_the_same_pictures_normalised_as_it_expects(pruned: tuple[Path, Result], images: Path) -> None:

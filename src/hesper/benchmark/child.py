@@ -57,6 +57,8 @@ def main() -> None:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         if lacks_memory(error):
             tell("out of memory", sentence=first or type(error).__name__)
+        elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            tell("refused", sentence=f"torch.compile cannot compile here: {first}; mend that, or leave --compile out.", exit_code=1)
         else:
             tell("crashed", sentence=f"{type(error).__name__}: {first}" if first else type(error).__name__)
         sys.exit(1)
