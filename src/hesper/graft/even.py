@@ -5,15 +5,12 @@ Counts are known beforehand and shapes with them, so a whole model of such decis
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from hesper.graft.restoration import Restoration
 
 __all__ = ["EvenDecision", "even_mean"]
 
@@ -113,10 +110,14 @@ class EvenDecision:
         return torch.cat([first.view(self.images, -1), second.view(self.images, -1)], 1).flatten()
 
 
-def even_mean(values: Tensor, size: Tensor, decision: EvenDecision, restoration: Restoration | None = None) -> tuple[Tensor, Tensor]:
-    """As :func:`~hesper.graft.restoration.restored_mean`: every row that leaves works out the mean of all that go where it goes.
+Restore = Callable[[Tensor, Tensor], Tensor]
 
-    Sums over what merges are a product with the matrix of who goes where, so that they do not depend on who comes first.
+
+def even_mean(values: Tensor, size: Tensor, decision: EvenDecision, restore: Restore | None = None) -> tuple[Tensor, Tensor]:
+    """As :func:`~hesper.graft.decision.grouped_mean`: every row that leaves works out the mean of all that go where it goes.
+
+    Sums over what merges are a product with the matrix of who goes where, so that they do not depend on who comes first. ``restore`` turns
+    means and the mean lengths of what was averaged into rows, as :class:`~hesper.graft.restoration.Restoration` does.
 
     Example:
         >>> merge = EvenDecision(1, 3, torch.tensor([1]), torch.tensor([0]))
@@ -128,13 +129,13 @@ def even_mean(values: Tensor, size: Tensor, decision: EvenDecision, restoration:
     wide = torch.promote_types(values.dtype, torch.float32)  # sums over a large group need more digits than halves have
     pairs = torch.cat([decision.into, decision.gone])
     own, mass = values.index_select(0, pairs).to(wide), size.index_select(0, pairs).to(wide)[:, None]
-    length = [] if restoration is None else [torch.linalg.vector_norm(own, dim=1, keepdim=True)]
+    length = [] if restore is None else [torch.linalg.vector_norm(own, dim=1, keepdim=True)]
     parts = torch.cat([own, *length, torch.ones_like(mass)], 1) * mass
     home, moved = parts.view(2, decision.images, decision.many, parts.shape[1]).unbind()
     sums = torch.baddbmm(home, decision.alike().to(wide), moved).flatten(0, 1)
     total, mean = sums[:, -1], sums[:, :-1] / sums[:, -1:]
-    if restoration is not None:
-        mean = restoration(mean[:, :-1], mean[:, -1:])
+    if restore is not None:
+        mean = restore(mean[:, :-1], mean[:, -1:])
     rows, sizes = (part.index_select(0, decision.staying) for part in (values, size))
     rows.index_copy_(0, decision.homes, _by_one(mean, decision).to(rows.dtype))  # rows that went to one place write the same
     return rows, sizes.index_copy_(0, decision.homes, total.to(sizes.dtype))
