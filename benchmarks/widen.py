@@ -34,6 +34,8 @@ def _widened(name: str, tensor: Tensor, times: int) -> Tensor:
         return tensor.repeat(1, 1, times)
     if name == "patch_embed.proj.weight":
         return tensor.repeat(times, 1, 1, 1)
+    if ".q_norm." in name or ".k_norm." in name:
+        return tensor  # of the width of a head, which stays
     if name.startswith("head"):
         return tensor.repeat(1, times) / times if tensor.ndim == 2 else tensor
     kinds = 3 if ".qkv." in name else 1  # queries, keys and values lie one after the other, and each is as wide as the model

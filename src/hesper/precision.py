@@ -13,7 +13,7 @@ PRECISIONS = tuple(_DTYPES)
 
 
 def precision_on(device: str, name: str) -> str:
-    """``name``, once it is certain that ``device`` has such a precision; UsageError otherwise.
+    """``name``, if PyTorch has such a precision on ``device``; UsageError otherwise.
 
     Example:
         >>> precision_on("cpu", "bf16")
@@ -38,5 +38,6 @@ def dtype_of(name: str) -> torch.dtype:
 
 def use_precision(device: str, name: str) -> None:
     """From now on make products on ``device`` as a precision has them, in this process; as :func:`precision_on`."""
-    if precision_on(device, name) == "tf32":
-        torch.set_float32_matmul_precision("high")
+    short = precision_on(device, name) == "tf32"
+    torch.set_float32_matmul_precision("high" if short else "highest")
+    torch.backends.cudnn.allow_tf32 = short  # of convolutions PyTorch would shorten products unasked

@@ -132,7 +132,9 @@ def test_wrong_requests_are_refused(tmp_path: Path, weights: Path, pruned: tuple
 
 def test_halves_are_benched_beside_halves_and_said_to_be(pruned: tuple[Path, Result]) -> None:
     quick: dict[str, Any] = {"batch_sizes": (2,), "threads": 1, "rounds": 3, "processes": 1, "meter": "none", "memory": False}
-    (cell,) = hesper.bench(pruned[0], precision="bf16", **quick).cells
+    found = hesper.bench(pruned[0], precision="bf16", **quick)
+    (cell,) = found.cells
+    assert found.summary()["precision"] == "bf16" and found.summary()["compile"] is None
     assert cell.ending == "done" and cell.compare() is not None
     assert {each.runtime for each in cell.series.values()} == {f"torch {torch.__version__}, bf16"}
 

@@ -100,6 +100,26 @@ def test_rows_in_halves_are_averaged_in_single_precision(dtype: torch.dtype) -> 
     assert mean.dtype is dtype and mean.tolist() == [[400.0] * 4] and size.tolist() == [float(tokens)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_does_not_sum_in_halves(dtype: torch.dtype) -> None:
+    decision = EvenDecision(1, 300, torch.arange(1, 300), torch.zeros(299, dtype=torch.int64))
+    rows = 400 + torch.randn(300, 4, generator=torch.Generator().manual_seed(4))
+    expected = restored_mean(rows, torch.ones(300), decision, Restoration(4))
+    with torch.autocast("cpu", dtype):
+        for found, wanted in zip(restored_mean(rows, torch.ones(300), decision, Restoration(4)), expected, strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own, where it first needs forward derivatives
+def test_of_several_that_go_to_one_place_none_is_left_to_chance() -> None:
+    """Forward derivatives, too, flow through one writer."""
+    decision = EvenDecision(1, 4, torch.tensor([1, 2, 3]), torch.tensor([0, 0, 0]))
+    rows, along = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(5), dtype=DOUBLE)
+    mean = lambda values: restored_mean(values, torch.ones(4, dtype=DOUBLE), decision, Restoration(5).double())[0]  # noqa: E731
+    (_, slope) = torch.func.jvp(mean, (rows,), (along,))
+    torch.testing.assert_close(slope, (mean(rows + 1e-6 * along) - mean(rows - 1e-6 * along)) / 2e-6, rtol=1e-5, atol=1e-7)
+
+
 def test_host_numbers_are_not_needed_before_the_rows_are_there() -> None:
     """On tensors without values everything that waits for one fails."""
     with FakeTensorMode():

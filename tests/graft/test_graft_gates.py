@@ -310,3 +310,18 @@ def test_heads_that_stay_keep_their_own_power_of_sizes(kind: str) -> None:
         unused = {block: tuple((~outcome.used[image, block]).nonzero().flatten().tolist()) for block in range(4)}
         alone = graft(model, plan_for(model, cuts, heads=[HeadCut(block, gone) for block, gone in unused.items() if gone]), found)
         torch.testing.assert_close(alone(images[image : image + 1])[0], outcome.logits[image], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["plain", "pooled"])
+@torch.no_grad()
+def test_a_network_in_halves_lets_heads_sit_out(kind: str) -> None:
+    rounded, halves = (gated(vit(kind).half().float(), EVERY, cuts=[TokenCut(1, "merge", remove=2)]) for _ in range(2))
+    many = pictures(5).half()
+    expected = rounded.run(many.float(), trace=True)
+    assert expected.used is not None and not expected.used.all()
+    halves.network.half()
+    found = halves.run(many, trace=True)
+    assert found.used is not None and found.logits.dtype is torch.float16
+    same = (found.used == expected.used).flatten(1).all(1)
+    assert same.sum() >= 4  # of five; the inputs of a gate are rounded, and a price may lie on the threshold
+    torch.testing.assert_close(found.logits[same].float(), expected.logits[same], rtol=0.01, atol=0.01)

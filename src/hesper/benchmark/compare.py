@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,8 @@ def _row(one: Mapping[str, Any], other: Mapping[str, Any], name: str, seed: int)
 
 
 def _runtime(cell: Mapping[str, Any], name: str) -> str:
-    return str(cell["models"][name].get("runtime") or "unknown")
+    """In words without versions, which the machine's fingerprint has."""
+    return re.sub(r" \d[\w.+]*", "", str(cell["models"][name].get("runtime") or "unknown"))
 
 
 def _warnings(

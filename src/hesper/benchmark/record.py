@@ -88,7 +88,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Bench:
-    """A whole bench: models in words and of which kind, device, meter and what it covers or why there is none, the machine, cells."""
+    """A whole bench: models in words and of which kind, device, meter and what it covers or why there is none, the machine, cells.
+
+    ``precision`` and ``compile`` are those of models in PyTorch.
+    """
 
     target: str
     baseline: str | None
@@ -100,6 +103,8 @@ class Bench:
     before: Fingerprint
     after: Fingerprint
     cells: tuple[Cell, ...]
+    precision: str = "fp32"
+    compile: str | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -117,6 +122,8 @@ class Bench:
             "target_kind": self.target_kind,
             "baseline_kind": self.baseline_kind,
             "device": self.device,
+            "precision": self.precision,
+            "compile": self.compile,
             "meter": self.meter,
             "meter_reason": self.meter_reason,
             "warnings": list(self.warnings),

@@ -97,7 +97,7 @@ def bench(
         named = None if read is None else f"{read.name} ({read.scope})"
     words = (subjects[TARGET].words, beside.words if beside else None)
     kinds = (subjects[TARGET].kind, beside.kind if beside else None)
-    return Bench(*words, *kinds, device, named, reason, before, fingerprint(), tuple(cells))
+    return Bench(*words, *kinds, device, named, reason, before, fingerprint(), tuple(cells), precision, compile)
 
 
 def _one(

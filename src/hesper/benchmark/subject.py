@@ -63,8 +63,8 @@ def open_subject(
 ) -> Opened:
     """Open a model on a device.
 
-    One in PyTorch in a ``precision`` of weights and activations (tokens are let go in single precision), and as torch.compile makes it
-    where a mode of it is given.
+    One in PyTorch in a ``precision`` of weights and activations (under halves tokens are let go in single precision), and as torch.compile
+    makes it where a mode of it is given.
 
     Raises:
         UsageError: there is no such run, model or file, its weights do not fit, or it does not take so many images at a time.

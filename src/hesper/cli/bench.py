@@ -62,7 +62,7 @@ class Sizes(click.ParamType):  # type: ignore[type-arg]  # generic in newer rele
     type=click.Choice(["fp32", "tf32", "fp16", "bf16"]),
     default="fp32",
     show_default=True,
-    help="Of models in PyTorch; tokens are let go in single precision whatever it is.",
+    help="Of models in PyTorch. Under fp16 and bf16 tokens are let go in single precision; tf32 shortens all products.",
 )
 @click.option(
     "--compile",

@@ -87,7 +87,8 @@ class Onnx:
         if wanted not in have:
             raise UsageError(f"This ONNX Runtime has no {wanted}; it has {', '.join(have)}.")
         others = [PROVIDERS["cuda"]] if provider == "tensorrt" and PROVIDERS["cuda"] in have else []
-        chosen = list(dict.fromkeys([wanted, *others, PROVIDERS["cpu"]]))
+        here = {"device_id": torch.cuda.current_device()} if device == "cuda" else {}
+        chosen = [(name, {} if name == PROVIDERS["cpu"] else here) for name in dict.fromkeys([wanted, *others, PROVIDERS["cpu"]])]
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
         except Exception as error:
@@ -114,10 +115,10 @@ def bound(session: Any, classes: int) -> Callable[[Tensor], Tensor]:
     (images_in,), (logits_out,) = session.get_inputs(), session.get_outputs()
 
     def run(images: Tensor) -> Tensor:
-        images = images.contiguous()
+        images = images.to(torch.float32).contiguous()
         logits = images.new_empty(len(images), classes)
         if images.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()  # the session has a stream of its own, and waits for it at the end
+            torch.cuda.current_stream(images.device).synchronize()  # the session has a stream of its own, and waits for it at the end
         binding = session.io_binding()
         for bind, name, tensor in ((binding.bind_input, images_in.name, images), (binding.bind_output, logits_out.name, logits)):
             place = (tensor.device.type, tensor.device.index or 0)

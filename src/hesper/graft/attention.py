@@ -80,16 +80,16 @@ def reader_attention(projected: Projected, log_size: Tensor | None, layout: Layo
         layout: of the rows.
         scale: on the logits.
     """
-    queries = projected.query
+    wide = torch.promote_types(projected.key.dtype, torch.float32)  # what is decided from it should not hang on halves
+    queries = projected.query.to(wide)
     reader = layout.prefix_rows(queries)[:, 0] if layout.prefix else torch.stack([own.mean(0) for own in layout.split(queries)])
     # Products and sums rather than a matrix product: with one query per image, arranging the keys for it costs more than it saves.
-    logits = (projected.key * layout.spread(reader * scale)).sum(-1)
+    logits = (projected.key.to(wide) * layout.spread(reader * scale)).sum(-1)
     bias = None if log_size is None else per_head(log_size).to(logits.dtype)
     mass = logits if bias is None else logits + bias
     if layout.rectangular:
         share = layout.by_image(mass).log_softmax(1).flatten(0, 1)
         return share if bias is None else share - bias
-    wide = mass.to(torch.promote_types(mass.dtype, torch.float32))  # sums of hundreds of terms need more digits than halves have
-    top = torch.segment_reduce(wide, "max", lengths=layout.lengths, axis=0, unsafe=True)
-    total = torch.segment_reduce((wide - layout.spread(top)).exp(), "sum", lengths=layout.lengths, axis=0, unsafe=True)
-    return logits - layout.spread((total.log() + top).to(mass.dtype))
+    top = torch.segment_reduce(mass, "max", lengths=layout.lengths, axis=0, unsafe=True)
+    total = torch.segment_reduce((mass - layout.spread(top)).exp(), "sum", lengths=layout.lengths, axis=0, unsafe=True)
+    return logits - layout.spread(total.log() + top)

@@ -156,7 +156,7 @@ class KeyMerge(nn.Module):
 
     def prices(self, state: State) -> tuple[Tensor, Tensor]:
         """One minus the cosine of each source ``[images, sources]`` to the patch it would merge into, and that patch."""
-        return similarity_prices(state.layout.padded(state.key.mean(1)), state.layout.gaps)
+        return similarity_prices(state.layout.padded(_mean_key(state)), state.layout.gaps)
 
     def forward(self, state: State) -> Decision | EvenDecision:
         """The decision for a batch."""
@@ -253,7 +253,7 @@ class ScoredCut(nn.Module):
         gone = in_steps(_leave_one(gone, price, layout), price, layout.lengths, self.cut.multiple)
         if self.cut.combine == "drop":
             return paired(gone, None, layout)
-        keys = nn.functional.normalize(layout.padded(state.key.mean(1)), dim=-1)
+        keys = nn.functional.normalize(layout.padded(_mean_key(state)), dim=-1)
         likeness = keys @ keys.transpose(-2, -1)
         return paired(gone, likeness.masked_fill((gone | ~layout.valid)[:, None], -INFINITY).argmax(-1), layout)
 
@@ -262,6 +262,11 @@ class ScoredCut(nn.Module):
         tokens: Counts = entered[0]
         likeness = (tokens - prefix) ** 2 * self.head_dim if self.cut.combine == "merge" else 0
         return tokens * self.score.macs_per_token + likeness
+
+
+def _mean_key(state: State) -> Tensor:
+    """``[rows, head_dim]`` over heads, in single precision at least."""
+    return state.key.to(torch.promote_types(state.key.dtype, torch.float32)).mean(1)
 
 
 def _pairs(patches: Counts) -> Counts:

@@ -68,12 +68,17 @@ class EvenDecision:
         return self._stays.cumsum(0) - 1
 
     @cached_property
+    def staying_and_one(self) -> Tensor:
+        """The rows that stay, ascending, and one more, whichever, as a place for what is not wanted."""
+        many = self.rows - len(self.gone)
+        target = torch.where(self._stays, self._rank, many)
+        places = torch.arange(self.rows, device=self.gone.device)
+        return places.new_zeros(many + 1).scatter_(0, target, places)
+
+    @property
     def staying(self) -> Tensor:
         """The rows that stay, ascending."""
-        many = self.rows - len(self.gone)
-        target = torch.where(self._stays, self._rank, many)  # what leaves goes to one place too many
-        places = torch.arange(self.rows, device=self.gone.device)
-        return places.new_empty(many + 1).scatter_(0, target, places)[:many]
+        return self.staying_and_one[:-1]
 
     @cached_property
     def homes(self) -> Tensor:
@@ -125,6 +130,8 @@ def even_mean(values: Tensor, size: Tensor, decision: EvenDecision, restore: Res
         >>> mean.flatten().tolist(), size.tolist()
         ([2.0, 9.0], [3.0, 1.0])
     """
+    if decision.nothing:
+        return values, size
     assert decision.into is not None
     wide = torch.promote_types(values.dtype, torch.float32)  # sums over a large group need more digits than halves have
     pairs = torch.cat([decision.into, decision.gone])
@@ -132,18 +139,14 @@ def even_mean(values: Tensor, size: Tensor, decision: EvenDecision, restore: Res
     length = [] if restore is None else [torch.linalg.vector_norm(own, dim=1, keepdim=True)]
     parts = torch.cat([own, *length, torch.ones_like(mass)], 1) * mass
     home, moved = parts.view(2, decision.images, decision.many, parts.shape[1]).unbind()
-    sums = torch.baddbmm(home, decision.alike().to(wide), moved).flatten(0, 1)
+    alike = decision.alike()
+    with torch.autocast(values.device.type, enabled=False):  # which would sum in halves
+        sums = torch.baddbmm(home, alike.to(wide), moved).flatten(0, 1)
     total, mean = sums[:, -1], sums[:, :-1] / sums[:, -1:]
     if restore is not None:
         mean = restore(mean[:, :-1], mean[:, -1:])
-    rows, sizes = (part.index_select(0, decision.staying) for part in (values, size))
-    rows.index_copy_(0, decision.homes, _by_one(mean, decision).to(rows.dtype))  # rows that went to one place write the same
-    return rows, sizes.index_copy_(0, decision.homes, total.to(sizes.dtype))
-
-
-def _by_one(mean: Tensor, decision: EvenDecision) -> Tensor:
-    """The same, with gradients through one of the rows alone that go to one place: each would be given all of them."""
-    if not (torch.is_grad_enabled() and mean.requires_grad):
-        return mean
-    one = decision.alike().to(torch.uint8).argmax(-1) == torch.arange(decision.many, device=mean.device)
-    return torch.where(one.flatten()[:, None], mean, mean.detach())
+    # Of several that go to one place the first writes there, and the others where nobody looks.
+    first = alike.to(torch.uint8).argmax(-1) == torch.arange(decision.many, device=size.device)
+    home = torch.where(first.flatten(), decision.homes, decision.rows - len(decision.gone))
+    rows, sizes = (part.index_select(0, decision.staying_and_one) for part in (values, size))
+    return rows.index_copy_(0, home, mean.to(rows.dtype))[:-1], sizes.index_copy_(0, home, total.to(sizes.dtype))[:-1]

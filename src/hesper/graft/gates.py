@@ -60,6 +60,8 @@ class Gate(nn.Module):
         Where a router reads it, a head that sat out has its mean over calibration images, as one removed for good; for deciders
         that average over heads it has the mean of the others.
         """
+        if self.stand_in is not None:
+            seen = seen.to(torch.promote_types(seen.dtype, self.stand_in.dtype))
         if len(kept) == len(self.offset):
             return seen
         missing = seen.logsumexp(1, keepdim=True) - math.log(len(kept)) if self.stand_in is None else self.stand_in

@@ -241,13 +241,23 @@ class GraftedViT(nn.Module):
         # Once, not in every forward: on an accelerator, asking is waiting.
         self._plain_sizes = bool((self.size_exponent == 1).all())
 
+    @property
+    def plain_sizes(self) -> bool:
+        """Whether sizes count as they are in every head."""
+        return self._plain_sizes and not self.size_exponent.requires_grad
+
     @eager
     def _size_power(self, index: int) -> Tensor | None:
-        """To which power sizes count in the attention of the heads a block has, ``[heads]``; None where it is one for all."""
-        if self._plain_sizes and not self.size_exponent.requires_grad:
+        """As :meth:`powers`; None where it is one for all."""
+        if self.plain_sizes:
             return None
+        return self.powers(index)
+
+    def powers(self, index: int) -> Tensor:
+        """To which power sizes count, ``[heads]``, in the attention of the heads a block has."""
         own, heads = self.size_exponent[index], self._heads[index]
-        return own if len(heads) == len(own) else own[heads]
+        # One by one: a list of places is a tensor on the host, for which an accelerator would be waited for.
+        return own if len(heads) == len(own) else torch.stack([own[head] for head in heads])
 
     def _gate(self, index: int) -> Gate:
         return cast(Gate, self.gates[str(index)])

@@ -148,10 +148,7 @@ class OneGraphViT(nn.Module):
         if tokens.size is None:
             return None
         log = tokens.size.log()[:, None, None]
-        if self.cut._plain_sizes:
-            return log
-        power = self.cut.size_exponent[index, self.cut._heads[index]]
-        return log * power[:, None, None].to(log.dtype)
+        return log if self.cut.plain_sizes else log * self.cut.powers(index)[:, None, None].to(log.dtype)
 
     def _decide(self, decider: nn.Module, projected: Projected, attention: Tensor | None, tokens: Tokens) -> Tokens:
         """What the block's decider lets go, in single precision."""
@@ -255,12 +252,12 @@ def compiled(model: nn.Module, mode: str = "default") -> Callable[[Tensor], Tens
     """``torch.compile`` of a model, with as few graphs as it can be: one where every image keeps as many tokens as any other.
 
     Where counts or heads adapt to the image, what every row goes through is compiled and what decides is stepped over. A graph is made
-    in the first call, which takes a minute or so, and again for the first other number of images.
+    in the first call, which takes up to a minute, and again for the first other number of images.
 
     Args:
         model: a grafted model, or a dense one to compare it with.
         mode: one of :data:`COMPILE_MODES`, which are torch's: "reduce-overhead" replays the kernels of a graphics card as they were
-            recorded, so that a batch is not held up by starting them one by one.
+            recorded, so that a batch is not held up by starting them one by one; the next call then overwrites the logits.
 
     Raises:
         UsageError: there is no such mode.
