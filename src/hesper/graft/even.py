@@ -92,11 +92,17 @@ class EvenDecision:
         lost = torch.full_like(self.gone, -1) if self.into is None else self.homes
         return self._rank.index_copy(0, self.gone, lost)
 
-    def alike(self) -> Tensor:
-        """``[images, m, m]`` which rows that leave an image go to the same one."""
+    @cached_property
+    def number(self) -> Tensor:
+        """One after the other the rows that leave."""
+        return torch.arange(len(self.gone), device=self.gone.device)
+
+    @cached_property
+    def leader(self) -> Tensor:
+        """For each row that leaves the number of one, the same for all, of those that go where it goes."""
         assert self.into is not None
-        own = self.into.view(self.images, self.many)
-        return own[:, :, None] == own[:, None, :]
+        # Whichever is written last stays, and all of them read it.
+        return self.number.new_empty(self.rows).index_copy_(0, self.into, self.number).index_select(0, self.into)
 
     def by_count(self) -> EvenDecision:
         """The same: all counts are equal."""
@@ -119,10 +125,9 @@ Restore = Callable[[Tensor, Tensor], Tensor]
 
 
 def even_mean(values: Tensor, size: Tensor, decision: EvenDecision, restore: Restore | None = None) -> tuple[Tensor, Tensor]:
-    """As :func:`~hesper.graft.decision.grouped_mean`: every row that leaves works out the mean of all that go where it goes.
+    """As :func:`~hesper.graft.decision.grouped_mean`: of the rows that leave for one place one gathers the sums of all.
 
-    Sums over what merges are a product with the matrix of who goes where, so that they do not depend on who comes first. ``restore`` turns
-    means and the mean lengths of what was averaged into rows, as :class:`~hesper.graft.restoration.Restoration` does.
+    ``restore`` turns means and the mean lengths of what was averaged into rows, as :class:`~hesper.graft.restoration.Restoration` does.
 
     Example:
         >>> merge = EvenDecision(1, 3, torch.tensor([1]), torch.tensor([0]))
@@ -138,15 +143,12 @@ def even_mean(values: Tensor, size: Tensor, decision: EvenDecision, restore: Res
     own, mass = values.index_select(0, pairs).to(wide), size.index_select(0, pairs).to(wide)[:, None]
     length = [] if restore is None else [torch.linalg.vector_norm(own, dim=1, keepdim=True)]
     parts = torch.cat([own, *length, torch.ones_like(mass)], 1) * mass
-    home, moved = parts.view(2, decision.images, decision.many, parts.shape[1]).unbind()
-    alike = decision.alike()
-    with torch.autocast(values.device.type, enabled=False):  # which would sum in halves
-        sums = torch.baddbmm(home, alike.to(wide), moved).flatten(0, 1)
+    home, moved = parts.view(2, len(decision.gone), parts.shape[1]).unbind()
+    sums = home.index_add(0, decision.leader, moved)
     total, mean = sums[:, -1], sums[:, :-1] / sums[:, -1:]
     if restore is not None:
         mean = restore(mean[:, :-1], mean[:, -1:])
-    # Of several that go to one place the first writes there, and the others where nobody looks.
-    first = alike.to(torch.uint8).argmax(-1) == torch.arange(decision.many, device=size.device)
-    home = torch.where(first.flatten(), decision.homes, decision.rows - len(decision.gone))
+    # Of several that go to one place their leader writes there, and the others where nobody looks.
+    home = torch.where(decision.leader == decision.number, decision.homes, decision.rows - len(decision.gone))
     rows, sizes = (part.index_select(0, decision.staying_and_one) for part in (values, size))
     return rows.index_copy_(0, home, mean.to(rows.dtype))[:-1], sizes.index_copy_(0, home, total.to(sizes.dtype))[:-1]
