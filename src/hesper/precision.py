@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from hesper.errors import UsageError
 
-__all__ = ["PRECISIONS", "dtype_of", "precision_on", "use_precision"]
+__all__ = ["PRECISIONS", "dtype_of", "precision_on", "use_precision", "wide"]
 
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = tuple(_DTYPES)
@@ -34,6 +35,16 @@ def dtype_of(name: str) -> torch.dtype:
         (torch.float32, torch.bfloat16)
     """
     return _DTYPES[name]
+
+
+def wide(values: Tensor) -> Tensor:
+    """``values`` in single precision at least.
+
+    Example:
+        >>> wide(torch.ones(1).half()).dtype, wide(torch.ones(1).double()).dtype
+        (torch.float32, torch.float64)
+    """
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def use_precision(device: str, name: str) -> None:

@@ -8,6 +8,9 @@ import pytest
 from click.testing import Result
 
 from cli_helpers import NAME, hesper, sentence
+from hesper.cli.bench import bench
+from hesper.graft.one_graph import COMPILE_MODES
+from hesper.precision import PRECISIONS
 from hesper.runs import open_run
 
 QUICK = ("--threads", 1, "--rounds", 3, "--processes", 1)
@@ -66,6 +69,11 @@ def test_a_bench_that_comes_to_nothing_says_why_and_fails(weights: Path) -> None
 )
 def test_wrong_benches_are_refused(weights: Path, words: tuple[str, ...], says: str) -> None:
     assert says in sentence(hesper("bench", NAME, "--weights", weights, *QUICK, *words), 2)
+
+
+def test_the_command_line_offers_what_there_is() -> None:
+    offered = {option.name: option.type for option in bench.params}
+    assert tuple(offered["precision"].choices) == PRECISIONS and tuple(offered["compile"].choices) == COMPILE_MODES  # type: ignore[attr-defined]
 
 
 def test_a_record_that_cannot_be_written_loses_nothing(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hesper.benchmark.cell import Progress, cell
@@ -11,7 +12,7 @@ from hesper.benchmark.request import BASELINE, TARGET, Request, Subject
 from hesper.device import use_device
 from hesper.errors import HesperError, UsageError
 from hesper.exporting.formats import SUFFIXES
-from hesper.graft.one_graph import COMPILE_MODES
+from hesper.graft.one_graph import compile_mode
 from hesper.hosts.open import HF
 from hesper.measure.fingerprint import fingerprint
 from hesper.meters import Meter, usable
@@ -71,33 +72,38 @@ def bench(
         JobError: pretrained weights cannot be had.
     """
     use_device(device)
-    precision_on(device, precision)
-    if compile is not None and compile not in COMPILE_MODES:
-        raise UsageError(f"There is no mode '{compile}' of torch.compile; use {', '.join(COMPILE_MODES)}.")
     if rounds < 3 or processes < 1 or stretch_seconds <= 0 or timeout <= 0 or not batch_sizes or min(batch_sizes) < 1:
         raise UsageError(
             "A bench needs batches of at least 1 image, at least 3 rounds in 1 process, and stretches and a time limit above 0 s."
         )
-    subjects = {TARGET: subject_of(target, weights, provider)}
-    beside = _baseline(subjects[TARGET], baseline, baseline_weights, provider)
-    if beside is not None:
-        subjects[BASELINE] = beside
-    if provider is not None and not any(each.where.lower().endswith(".onnx") for each in subjects.values()):
-        raise UsageError("--provider is ONNX Runtime's, and nothing here is an .onnx file; leave it out.")
-    if (precision != "fp32" or compile is not None) and all(each.kind == "file" for each in subjects.values()):
-        raise UsageError("--precision and --compile are for models in PyTorch, and an exported file has its own; leave them out.")
+    own = subject_of(target, weights, provider)
+    beside = _baseline(own, baseline, baseline_weights, provider)
+    subjects = {TARGET: own} if beside is None else {TARGET: own, BASELINE: beside}
+    _check_runtimes(subjects.values(), provider, device, precision, compile)
+    where = None if data is None else str(data)
+    first = Request(subjects, min(batch_sizes), where, device, threads, rounds, 0, stretch_seconds, "time", precision, compile)
     before, cells = fingerprint(), list[Cell]()
     with usable(meter, card=card() if device == "cuda" else None) as (read, reason):
         for size in sorted(set(batch_sizes)):
-            where = None if data is None else str(data)
-            request = Request(subjects, size, where, device, threads, rounds, 0, stretch_seconds, "time", precision, compile)
+            request = dataclasses.replace(first, batch_size=size)
             cells.append(_one(request, processes, memory, cells, read, timeout, progress))
             if cells[-1].ending == "interrupted":
                 break
         named = None if read is None else f"{read.name} ({read.scope})"
-    words = (subjects[TARGET].words, beside.words if beside else None)
-    kinds = (subjects[TARGET].kind, beside.kind if beside else None)
+    words, kinds = (own.words, beside.words if beside else None), (own.kind, beside.kind if beside else None)
     return Bench(*words, *kinds, device, named, reason, before, fingerprint(), tuple(cells), precision, compile)
+
+
+def _check_runtimes(subjects: Iterable[Subject], provider: str | None, device: str, precision: str, compile: str | None) -> None:
+    """UsageError for what the runtimes of the ``subjects`` do not have, or none of them is asked."""
+    every = list(subjects)
+    precision_on(device, precision)
+    if compile is not None:
+        compile_mode(compile)
+    if provider is not None and not any(each.where.lower().endswith(".onnx") for each in every):
+        raise UsageError("--provider is ONNX Runtime's, and nothing here is an .onnx file; leave it out.")
+    if (precision != "fp32" or compile is not None) and all(each.kind == "file" for each in every):
+        raise UsageError("--precision and --compile are for models in PyTorch, and an exported file has its own; leave them out.")
 
 
 def _one(

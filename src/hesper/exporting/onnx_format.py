@@ -19,7 +19,7 @@ from hesper.exporting.quiet import innermost, quietly
 from hesper.exporting.tensorrt import refused_by_tensorrt
 from hesper.graft.one_graph import OneGraphViT
 
-__all__ = ["ONNX"]
+__all__ = ["ONNX", "bound"]
 
 OPSETS = range(18, 24)
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}

@@ -10,6 +10,7 @@ from hesper.graft.compiling import eager
 from hesper.graft.layout import Layout
 from hesper.graft.ragged import Asked, Strategy, as_mask, choose, per_head
 from hesper.hosts.base import Projected
+from hesper.precision import wide
 
 
 def attend(projected: Projected, log_size: Tensor | None, layout: Layout, scale: float, strategy: Strategy | None = None) -> Tensor:
@@ -80,11 +81,10 @@ def reader_attention(projected: Projected, log_size: Tensor | None, layout: Layo
         layout: of the rows.
         scale: on the logits.
     """
-    wide = torch.promote_types(projected.key.dtype, torch.float32)  # what is decided from it should not hang on halves
-    queries = projected.query.to(wide)
+    queries, keys = wide(projected.query), wide(projected.key)  # what is decided from them should not hang on halves
     reader = layout.prefix_rows(queries)[:, 0] if layout.prefix else torch.stack([own.mean(0) for own in layout.split(queries)])
     # Products and sums rather than a matrix product: with one query per image, arranging the keys for it costs more than it saves.
-    logits = (projected.key.to(wide) * layout.spread(reader * scale)).sum(-1)
+    logits = (keys * layout.spread(reader * scale)).sum(-1)
     bias = None if log_size is None else per_head(log_size).to(logits.dtype)
     mass = logits if bias is None else logits + bias
     if layout.rectangular:

@@ -18,6 +18,7 @@ from hesper.graft.linkage import Points, evenly_paired, link, paired
 from hesper.graft.restoration import Restoration
 from hesper.graft.tokens import INFINITY, cheapest, in_steps, similarity_prices
 from hesper.plan import TokenCut
+from hesper.precision import wide
 
 LARGEST_LOG_CURVATURE = 6.0
 LARGEST_LOG_PRICE = 80.0  # prices stay finite, below the infinity of what is not there
@@ -266,7 +267,7 @@ class ScoredCut(nn.Module):
 
 def _mean_key(state: State) -> Tensor:
     """``[rows, head_dim]`` over heads, in single precision at least."""
-    return state.key.to(torch.promote_types(state.key.dtype, torch.float32)).mean(1)
+    return wide(state.key).mean(1)
 
 
 def _pairs(patches: Counts) -> Counts:

@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hesper.precision import wide
+
 __all__ = ["EvenDecision", "even_mean"]
 
 
@@ -138,9 +140,9 @@ def even_mean(values: Tensor, size: Tensor, decision: EvenDecision, restore: Res
     if decision.nothing:
         return values, size
     assert decision.into is not None
-    wide = torch.promote_types(values.dtype, torch.float32)  # sums over a large group need more digits than halves have
     pairs = torch.cat([decision.into, decision.gone])
-    own, mass = values.index_select(0, pairs).to(wide), size.index_select(0, pairs).to(wide)[:, None]
+    own = wide(values.index_select(0, pairs))  # sums over a large group need more digits than halves have
+    mass = size.index_select(0, pairs).to(own.dtype)[:, None]
     length = [] if restore is None else [torch.linalg.vector_norm(own, dim=1, keepdim=True)]
     parts = torch.cat([own, *length, torch.ones_like(mass)], 1) * mass
     home, moved = parts.view(2, len(decision.gone), parts.shape[1]).unbind()

@@ -27,8 +27,9 @@ from hesper.graft.restoration import Restoration
 from hesper.graft.tokens import INFINITY, similarity_prices
 from hesper.hosts.base import HostBlock, Projected
 from hesper.plan import TokenCut
+from hesper.precision import wide
 
-__all__ = ["COMPILE_MODES", "OneGraphViT", "check_one_graph", "compiled"]
+__all__ = ["COMPILE_MODES", "OneGraphViT", "check_one_graph", "compile_mode", "compiled"]
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
@@ -156,11 +157,11 @@ class OneGraphViT(nn.Module):
         if isinstance(decider, ScoredCut):
             return self._scored(decider, projected, attention, tokens)
         if isinstance(decider, KeyMerge):
-            return self._linked(decider.cut, 1, _wide(projected.key).mean(2)[:, prefix:], None, tokens, None)
+            return self._linked(decider.cut, 1, wide(projected.key).mean(2)[:, prefix:], None, tokens, None)
         curved = cast(CurvatureMerge, decider)
         log_weight = _routed(curved.router, projected.normed, attention)[:, prefix:]
         log_weight = curved.gamma * log_weight.clamp(-LARGEST_LOG_CURVATURE, LARGEST_LOG_CURVATURE)
-        points = (_wide(tokens.rows) @ _wide(curved.root))[:, prefix:]
+        points = (wide(tokens.rows) @ wide(curved.root))[:, prefix:]
         return self._linked(curved.cut, curved.rounds, points, log_weight, tokens, curved.restoration)
 
     def _linked(
@@ -171,7 +172,7 @@ class OneGraphViT(nn.Module):
         By curvature where a ``log_weight`` says how much moving a token matters, by likeness otherwise.
         """
         prefix, width, rank = self.plan.model.anatomy.prefix_tokens, tokens.rows.shape[-1], points.shape[-1]
-        before, rows = tokens.rows.shape[1], _wide(tokens.rows[:, prefix:])
+        before, rows = tokens.rows.shape[1], wide(tokens.rows[:, prefix:])
         size = None if tokens.size is None else tokens.size[:, prefix:]
         place = None if tokens.place is None else tokens.place[:, prefix:]
         length = [] if restoration is None else [rows.norm(dim=-1, keepdim=True)]
@@ -223,7 +224,7 @@ class OneGraphViT(nn.Module):
     def _scored(self, decider: ScoredCut, projected: Projected, attention: Tensor | None, tokens: Tokens) -> Tokens:
         """Drop what scores low, or average it into the kept token of the most similar key."""
         prefix, score, cut = self.plan.model.anatomy.prefix_tokens, decider.score, decider.cut
-        size = torch.ones_like(_wide(tokens.rows[..., 0])) if tokens.size is None else tokens.size
+        size = torch.ones_like(wide(tokens.rows[..., 0])) if tokens.size is None else tokens.size
         if isinstance(score, RoutedSensitivity):
             price = _routed(score.router, projected.normed, attention).clamp_max(LARGEST_LOG_PRICE).exp() * size
         else:
@@ -238,14 +239,21 @@ class OneGraphViT(nn.Module):
         place = None if tokens.place is None else pick(tokens.place, where)
         if cut.combine == "drop":
             return Tokens(pick(tokens.rows, where), None if tokens.size is None else pick(tokens.size, where), place)
-        keys = nn.functional.normalize(_wide(projected.key).mean(2)[:, prefix:], dim=-1)
+        keys = nn.functional.normalize(wide(projected.key).mean(2)[:, prefix:], dim=-1)
         gone = ranks(dearest) >= stay
         likeness = (keys @ keys.transpose(-2, -1)).masked_fill(gone[:, None], -INFINITY)
         arrives = (likeness.argmax(-1)[:, None] == kept[..., None]) & gone[:, None]
-        own = torch.cat([_wide(tokens.rows)[:, prefix:], torch.ones_like(price[..., None])], -1) * size[:, prefix:, None]
+        own = torch.cat([wide(tokens.rows)[:, prefix:], torch.ones_like(price[..., None])], -1) * size[:, prefix:, None]
         sums = pick(own, kept) + arrives.to(own.dtype) @ own
         left = torch.cat([tokens.rows[:, :prefix], (sums[..., :-1] / sums[..., -1:]).to(tokens.rows.dtype)], 1)
         return Tokens(left, torch.cat([size[:, :prefix], sums[..., -1]], 1), place)
+
+
+def compile_mode(name: str) -> str:
+    """``name``, if it is one of :data:`COMPILE_MODES`; UsageError otherwise."""
+    if name not in COMPILE_MODES:
+        raise UsageError(f"There is no mode '{name}' of torch.compile; use {', '.join(COMPILE_MODES)}.")
+    return name
 
 
 def compiled(model: nn.Module, mode: str = "default") -> Callable[[Tensor], Tensor]:
@@ -267,11 +275,9 @@ def compiled(model: nn.Module, mode: str = "default") -> Callable[[Tensor], Tens
         Traceback (most recent call last):
         hesper.errors.UsageError: There is no mode 'fastest' of torch.compile; use default, reduce-overhead, max-autotune.
     """
-    if mode not in COMPILE_MODES:
-        raise UsageError(f"There is no mode '{mode}' of torch.compile; use {', '.join(COMPILE_MODES)}.")
     one = _as_one_graph(model) if isinstance(model, GraftedViT) else model
     whole = one is not None
-    return cast(Callable[[Tensor], Tensor], torch.compile(model if one is None else one, mode=mode, fullgraph=whole))
+    return cast(Callable[[Tensor], Tensor], torch.compile(model if one is None else one, mode=compile_mode(mode), fullgraph=whole))
 
 
 def _as_one_graph(cut: GraftedViT) -> OneGraphViT | None:
@@ -304,7 +310,7 @@ def _reader_attention(projected: Projected, mass: Tensor | None, log_size: Tenso
         own = mass[:, :, 0]
     else:
         query = projected.query[:, 0] if prefix else projected.query.mean(1)
-        own = (_wide(projected.key) * (_wide(query) * scale)[:, None]).sum(-1).transpose(1, 2)
+        own = (wide(projected.key) * (wide(query) * scale)[:, None]).sum(-1).transpose(1, 2)
         own = own if log_size is None else own + log_size[:, :, 0]
     share = own.log_softmax(-1)
     return (share if log_size is None else share - log_size[:, :, 0]).transpose(1, 2)
@@ -315,11 +321,6 @@ def _routed(router: Callable[..., Tensor], normed: Tensor, attention: Tensor | N
     own = cast(Any, router)
     assert attention is not None
     # As columns of matrices: a runtime multiplies by these sooner than by vectors.
-    seen: Tensor = _wide(normed) @ own.direction.to(attention.dtype)[:, None] + attention @ own.attention.to(attention.dtype)[:, None]
+    seen: Tensor = wide(normed) @ own.direction.to(attention.dtype)[:, None] + attention @ own.attention.to(attention.dtype)[:, None]
     own_offset: Tensor = own.offset.to(attention.dtype)
     return (seen + own_offset)[..., 0]
-
-
-def _wide(values: Tensor) -> Tensor:
-    """``values`` in single precision at least."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

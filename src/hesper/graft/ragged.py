@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hesper.graft.buckets import side_by_side
 from hesper.graft.layout import Layout
+from hesper.precision import wide
 
 WIDTHS = 8  # fused variable-length kernels take head widths that are multiples of this
 HALVES = (torch.float16, torch.bfloat16)
@@ -158,7 +159,7 @@ def widened(query: Tensor, key: Tensor, value: Tensor, log_size: Tensor | None, 
     fill = -(key.shape[-1] + added) % WIDTHS
     if log_size is not None:
         factor = 2.0 ** round(-math.log2(scale))
-        bias = per_head(log_size).to(torch.promote_types(log_size.dtype, torch.float32)) / (scale * factor)
+        bias = wide(per_head(log_size)) / (scale * factor)
         high = bias.to(key.dtype)
         low = (bias - high).to(key.dtype)
         pair = torch.stack([high, low], -1).expand(*key.shape[:-1], 2)

@@ -13,6 +13,7 @@ from hesper.graft.decision import Decision
 from hesper.graft.even import EvenDecision
 from hesper.graft.layout import Layout
 from hesper.graft.restoration import Restoration, restored_mean
+from hesper.precision import wide
 
 # Rows that a feed-forward half takes at once on a CPU: its hidden activations, four times as wide, then stay in cache
 # (measured for widths 192 and 768; all rows at once take one and a half times as long).
@@ -60,9 +61,7 @@ class Stream:
 
     def sizes(self) -> Tensor:
         """``[rows]`` sizes, ones included; in single precision at least, as halves do not count far."""
-        if self.size is not None:
-            return self.size
-        return torch.ones_like(self.rows[:, 0], dtype=torch.promote_types(self.rows.dtype, torch.float32))
+        return torch.ones_like(wide(self.rows[:, 0])) if self.size is None else self.size
 
     @eager
     def log_size(self, power: Tensor | None = None) -> Tensor | None:
@@ -71,7 +70,7 @@ class Stream:
         In single precision at least; None while every token stands for itself.
         """
         if self._log_size is None and self.size is not None:
-            self._log_size = self.size.to(torch.promote_types(self.size.dtype, torch.float32)).log()
+            self._log_size = wide(self.size).log()
         return self._log_size if power is None or self._log_size is None else self._log_size[:, None] * power
 
     def carry_out(self, decision: Decision | EvenDecision, restoration: Restoration | None = None) -> None:
