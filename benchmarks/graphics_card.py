@@ -156,7 +156,6 @@ def steps(desk: Desk) -> Iterator[Callable[[], None]]:
     yield lambda: first_runs(desk)
     for precision in ("fp16", "fp32"):
         yield partial(bench, desk, augreg["0.505"], (64, 1, 256), energy=True, precision=precision, compile=REPLAYED)
-    yield partial(bench, desk, augreg["0.505"], (64, 1), precision="fp16")
     yield partial(bench, desk, deit["0.505"], (64, 1, 256), precision="fp16", compile=REPLAYED)
     yield lambda: more_runs(desk)
     yield partial(bench, desk, augreg["0.66"], (64, 1, 256), precision="fp16", compile=REPLAYED)
@@ -168,6 +167,9 @@ def steps(desk: Desk) -> Iterator[Callable[[], None]]:
         dense, cut = (desk.out / f"augreg-{name}-{precision}.onnx" for name in ("dense", "0.505"))
         yield partial(bench, desk, cut, (64, 1, 256), baseline=dense)
         yield partial(parity, desk, "augreg", "0.505", precision)
+    for precision in ("fp32", "fp16"):
+        yield partial(bench, desk, augreg["0.505"], (256, 64, 1), energy=True, precision=precision)
+    yield partial(bench, desk, deit["0.505"], (64,), precision="fp32")
     yield partial(bench, desk, augreg["0.505"], (8, 16, 128), precision="fp16", compile=REPLAYED)
     yield partial(bench, desk, augreg["adaptive"], (64, 256, 1), precision="fp16")
 
