@@ -9,19 +9,21 @@ from hesper.graft.matching import join, pick, ward_prices_lean
 from hesper.graft.tokens import ward_prices
 
 
-@given(st.integers(1, 3), st.integers(2, 9), st.booleans(), st.integers(0, 10**6), st.data())
-def test_joining_is_adding_to_where_each_goes(images: int, tokens: int, fixed: bool, seed: int, data: st.DataObject) -> None:
+@given(st.integers(1, 3), st.integers(2, 9), st.integers(0, 2), st.booleans(), st.integers(0, 10**6), st.data())
+def test_joining_is_adding_to_where_each_goes(
+    images: int, tokens: int, prefix: int, fixed: bool, seed: int, data: st.DataObject
+) -> None:
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(images, tokens, 3, generator=generator)
+    values = torch.randn(images, prefix + tokens, 3, generator=generator)
     sources, homes = tokens // 2, (tokens + 1) // 2
     dearest = torch.stack([torch.randperm(sources, generator=generator) for _ in range(images)])
     to = torch.randint(homes, (images, sources), generator=generator) * 2
     stay = data.draw(st.integers(0, sources))
-    found, left = join(values, dearest, to, stay, fixed)
+    found, left = join(values, dearest, to, stay, fixed, prefix)
     for image in range(images):
-        rows = {place: values[image, place].clone() for place in range(tokens)}
+        rows = {place: values[image, place].clone() for place in range(prefix + tokens)}
         for source in dearest[image, stay:].tolist():
-            rows[int(to[image, source])] += rows.pop(2 * source + 1)
+            rows[prefix + int(to[image, source])] += rows.pop(prefix + 2 * source + 1)
         assert left[image].tolist() == sorted(rows)
         torch.testing.assert_close(found[image], torch.stack([rows[place] for place in sorted(rows)]))
 

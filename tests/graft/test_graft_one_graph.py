@@ -13,6 +13,7 @@ from families import FAMILIES, family, shots
 from hesper.errors import UsageError
 from hesper.graft import GraftedViT, graft
 from hesper.graft.one_graph import OneGraphViT, compiled
+from hesper.hosts import open_host
 from hesper.plan import HeadCut, HeadGate, TokenCut
 from vits import KINDS, READERS, REMOVABLE, cuts_of, gate_tables, learned_tables, pictures, plan_for, tables, vit
 
@@ -75,10 +76,25 @@ def test_removed_heads_and_an_unread_last_block_give_the_same_logits(kind: str) 
     check(cut_of(model, "kl", "merge", True, skip=True, heads=heads, remove=4), pictures(3, double), adaptive=False)
 
 
-def test_a_plan_that_cuts_nothing_is_the_host() -> None:
-    model = vit("plain")
-    images = pictures(2)
-    assert torch.equal(OneGraphViT(graft(model, plan_for(model)))(images), model(images))
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("kind", [*KINDS, *FAMILIES])
+def test_a_layer_each_for_queries_keys_and_values_gives_the_same_logits(kind: str, skip: bool) -> None:
+    double = torch.float64
+    model, images = (vit(kind, double), pictures(3, double)) if kind in KINDS else (family(kind, double), shots(kind, 3, double))
+    cut = cut_of(model, "kl", "merge", True, skip=skip and not open_host(model).anatomy.reads_patches, remove=3)
+    with torch.no_grad():
+        expected = cut(images)
+        for block in cut.host.blocks:
+            block.separate()
+        torch.testing.assert_close(OneGraphViT(cut)(images), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_that_cuts_nothing_is_the_host(kind: str) -> None:
+    double = torch.float64
+    model, images = vit(kind, double), pictures(2, double)
+    with torch.no_grad():
+        torch.testing.assert_close(OneGraphViT(graft(model, plan_for(model)))(images), model(images), rtol=1e-9, atol=1e-9)
 
 
 def test_halves_decide_in_single_precision() -> None:

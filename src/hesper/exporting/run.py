@@ -193,6 +193,8 @@ def _graph(cut: GraftedViT, precision: Precision) -> OneGraphViT:
     """A copy of the model as it is exported."""
     graph = OneGraphViT(copy.deepcopy(cut))
     fix_image_size(graph.cut.network)
+    for block in graph.cut.host.blocks:
+        block.separate()
     if precision == "fp16":
         graph.cut.network.half()
     return graph

@@ -20,6 +20,8 @@ def pick(values: Tensor, where: Tensor) -> Tensor:
     >>> pick(torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]), torch.tensor([[1], [0]])).flatten().tolist()
     [2.0, 3.0]
     """
+    if values.dim() == 2:
+        return values.gather(1, where)
     if isinstance(values.shape[0], int) and values.shape[0] == 1:
         return values.index_select(1, where[0])
     first = torch.arange(values.shape[0], device=where.device)[:, None] * values.shape[1]
@@ -80,28 +82,30 @@ def ward_prices_lean(points: Tensor, size: Tensor | None, weight: Tensor) -> tup
     return price.clamp_min(0), to * 2
 
 
-def join(values: Tensor, dearest: Tensor, to: Tensor, stay: int, fixed: bool) -> tuple[Tensor, Tensor]:
+def join(values: Tensor, dearest: Tensor, to: Tensor, stay: int, fixed: bool, prefix: int = 0) -> tuple[Tensor, Tensor]:
     """``values`` ``[images, n, ...]`` with those of odd tokens that go added to where they go, without those that went; and what is left.
 
     Args:
         values: sums, such as sizes and rows times sizes, so that joining is adding.
-        dearest: odd tokens, dearest first, ``[images, n // 2]``.
-        to: the even token each odd one would join, counted in tokens, ``[images, n // 2]``.
+        dearest: odd tokens, dearest first, ``[images, (n - prefix) // 2]``.
+        to: the even token each odd one would join, counted in tokens, likewise.
         stay: how many odd tokens stay.
         fixed: whether ``stay`` is known beforehand; then only those that go are multiplied.
+        prefix: how many rows come before the tokens that are counted, and stay as they are.
 
     Example:
         >>> values = torch.tensor([[[1.0], [2.0], [4.0], [8.0]]])
         >>> [part.flatten().tolist() for part in join(values, torch.tensor([[1, 0]]), torch.tensor([[2, 2]]), 1, True)]
         [[1.0, 6.0, 8.0], [0, 2, 3]]
     """
-    tokens = values.shape[1]
-    homes = torch.arange(tokens, device=values.device)[:, None]
-    places = dearest * 2 + 1
+    rows = values.shape[1]
+    every = torch.arange(rows, device=values.device)
+    places, homes = dearest * 2 + (prefix + 1), to + prefix
     if fixed:
-        arrives, moved = pick(to, dearest[:, stay:])[:, None] == homes, pick(values, places[:, stay:])
+        arrives, moved = pick(homes, dearest[:, stay:])[:, None] == every[:, None], pick(values, places[:, stay:])
     else:
-        arrives, moved = (to[:, None] == homes) & (ranks(dearest) >= stay)[:, None], values[:, 1::2]
-    even = torch.arange(0, tokens, 2, device=values.device).expand(dearest.shape[0], -1)
-    left = ascending(torch.cat([even, places.narrow(1, 0, stay)], 1))
+        arrives = (homes[:, None] == every[:, None]) & (ranks(dearest) >= stay)[:, None]
+        moved = values[:, prefix + 1 :: 2]
+    always = torch.cat([every[:prefix], every[prefix::2]]).expand(dearest.shape[0], -1)
+    left = ascending(torch.cat([always, places.narrow(1, 0, stay)], 1))
     return pick(values + arrives.to(values.dtype) @ moved, left), left

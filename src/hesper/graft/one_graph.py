@@ -105,8 +105,6 @@ class OneGraphViT(nn.Module):
 
     def _run(self, images: Tensor) -> Tensor:
         cut, host, anatomy = self.cut, self.cut.host, self.plan.model.anatomy
-        if cut.untouched:
-            return cast(Tensor, cut.network(images))
         rows = host.embed(images)
         place = torch.arange(anatomy.tokens, device=rows.device).expand(rows.shape[0], -1) if host.reads_places else None
         if cut.order is not None:
@@ -153,28 +151,24 @@ class OneGraphViT(nn.Module):
 
     def _decide(self, decider: nn.Module, projected: Projected, attention: Tensor | None, tokens: Tokens) -> Tokens:
         """What the block's decider lets go, in single precision."""
-        prefix = self.plan.model.anatomy.prefix_tokens
         if isinstance(decider, ScoredCut):
             return self._scored(decider, projected, attention, tokens)
         if isinstance(decider, KeyMerge):
-            return self._linked(decider.cut, 1, wide(projected.key).mean(2)[:, prefix:], None, tokens, None)
+            return self._linked(decider.cut, 1, wide(projected.key).mean(2), None, tokens, None)
         curved = cast(CurvatureMerge, decider)
-        log_weight = _routed(curved.router, projected.normed, attention)[:, prefix:]
-        log_weight = curved.gamma * log_weight.clamp(-LARGEST_LOG_CURVATURE, LARGEST_LOG_CURVATURE)
-        points = (wide(tokens.rows) @ wide(curved.root))[:, prefix:]
-        return self._linked(curved.cut, curved.rounds, points, log_weight, tokens, curved.restoration)
+        log_weight = _routed(curved.router, projected.normed, attention).clamp(-LARGEST_LOG_CURVATURE, LARGEST_LOG_CURVATURE)
+        points = wide(tokens.rows) @ wide(curved.root)
+        return self._linked(curved.cut, curved.rounds, points, curved.gamma * log_weight, tokens, curved.restoration)
 
     def _linked(
         self, cut: TokenCut, rounds: int, points: Tensor, log_weight: Tensor | None, tokens: Tokens, restoration: Restoration | None
     ) -> Tokens:
         """Merging in rounds: everything that is averaged is carried as a sum over what has merged, next to the sum of sizes.
 
-        By curvature where a ``log_weight`` says how much moving a token matters, by likeness otherwise.
+        By curvature where a ``log_weight`` says how much moving a token matters, by likeness otherwise. Prefix tokens go along.
         """
         prefix, width, rank = self.plan.model.anatomy.prefix_tokens, tokens.rows.shape[-1], points.shape[-1]
-        before, rows = tokens.rows.shape[1], wide(tokens.rows[:, prefix:])
-        size = None if tokens.size is None else tokens.size[:, prefix:]
-        place = None if tokens.place is None else tokens.place[:, prefix:]
+        rows, size, place = wide(tokens.rows), tokens.size, tokens.place
         length = [] if restoration is None else [rows.norm(dim=-1, keepdim=True)]
         averaged = [points] if log_weight is None else [points, log_weight[..., None]]
         one = torch.ones_like(rows[..., :1])
@@ -185,14 +179,15 @@ class OneGraphViT(nn.Module):
             if cut.remove is not None and share(cut.remove, number, rounds) == 0:
                 break
             if log_weight is None:
-                price, to = similarity_prices(points)
+                price, to = similarity_prices(points[:, prefix:])
             else:
-                price, to = ward_prices_lean(points, size, log_weight.exp())
+                own = None if size is None else size[:, prefix:]
+                price, to = ward_prices_lean(points[:, prefix:], own, log_weight[:, prefix:].exp())
             dearest = dearest_first(price)
-            stay = self._staying(cut, price, number, rounds, before)
-            sums, left = join(sums, dearest, to, stay, cut.remove is not None)
+            stay = self._staying(cut, price, number, rounds, sums.shape[1])
+            sums, left = join(sums, dearest, to, stay, cut.remove is not None, prefix)
             place = None if place is None else pick(place, left)  # a token that others join stays where it is
-            size, before = sums[..., -1], sums.shape[1] + prefix
+            size = sums[..., -1]
             if number + 1 < rounds:
                 means = sums[..., width + len(length) : -2] / size[..., None]
                 points, log_weight = means[..., :rank], means[..., -1]
@@ -201,10 +196,7 @@ class OneGraphViT(nn.Module):
         merged = means[..., :width]
         if restoration is not None:
             merged = torch.where(sums[..., -2:-1] > 1, restoration(merged, means[..., width:]), merged)
-        left_rows = torch.cat([tokens.rows[:, :prefix], merged.to(tokens.rows.dtype)], 1)
-        first = torch.ones_like(size[:, :1]).expand(-1, prefix) if tokens.size is None else tokens.size[:, :prefix]
-        embedded = None if tokens.place is None or place is None else torch.cat([tokens.place[:, :prefix], place], 1)
-        return Tokens(left_rows, torch.cat([first, size], 1), embedded)
+        return Tokens(merged.to(tokens.rows.dtype), size, place)
 
     def _staying(self, cut: TokenCut, price: Tensor, number: int, rounds: int, tokens: int, least: int = 0) -> int:
         """How many candidates stay, ``least`` at least: known, or for one image as its prices say."""
@@ -293,12 +285,13 @@ def _attend(projected: Projected, log_size: Tensor | None, scale: float, fused: 
 
     Besides its logits ``[images, heads, queries, n]``, which are never there where it is ``fused`` into one operator.
     """
-    query, key, value = (part.transpose(1, 2) for part in (projected.query, projected.key, projected.value))
+    query, value = projected.query.transpose(1, 2), projected.value.transpose(1, 2)
     if fused:
         bias = None if log_size is None else log_size.to(query.dtype).expand(-1, query.shape[1], query.shape[2], -1)
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+        mixed = nn.functional.scaled_dot_product_attention(query, projected.key.transpose(1, 2), value, attn_mask=bias, scale=scale)
         return mixed.transpose(1, 2).flatten(2), None
-    logits = (query * scale) @ key.transpose(-2, -1)
+    # Keys are turned in one step: not every runtime makes one of two.
+    logits = (query * scale) @ projected.key.permute(0, 2, 3, 1)
     if log_size is not None:
         logits = logits + log_size.to(logits.dtype)
     return (logits.softmax(-1) @ value).transpose(1, 2).flatten(2), logits

@@ -97,6 +97,9 @@ class HfBlock:
         attn.o_proj = sliced(attn.o_proj, columns=columns)
         attn.num_attention_heads = len(columns) // int(attn.head_dim)
 
+    def separate(self) -> None:
+        """Nothing: queries, keys and values have a linear layer each."""
+
     def without_heads(self, heads: Sequence[int]) -> HostBlock:
         """A block like this one in which heads have left a copy of the attention weights."""
         other: HfBlock = twin(self, self.layer, self.attention)

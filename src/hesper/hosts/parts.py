@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+PARTS = ("q", "k", "v")
+"""As timm names its projections, before ``_proj``."""
+
 
 def kept_columns(heads: int, head_dim: int, removed: Sequence[int]) -> Tensor:
     """Which of ``heads * head_dim`` numbers belong to the heads that stay.
@@ -38,6 +41,20 @@ def sliced(linear: nn.Linear, *, rows: Tensor | None = None, columns: Tensor | N
     if bias is not None:
         small.bias = nn.Parameter(bias.clone(), requires_grad=linear.weight.requires_grad)
     return small
+
+
+def thirds(linear: nn.Linear, bias: Tensor | None = None) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    """The linear layers whose outputs are the first, second and last third of another's, ``bias`` in the place of its own.
+
+    >>> fused, rows = nn.Linear(2, 6), torch.ones(4, 2)
+    >>> torch.allclose(torch.cat([part(rows) for part in thirds(fused)], -1), fused(rows))
+    True
+    """
+    first, second, third = (sliced(linear, rows=rows) for rows in torch.arange(linear.weight.shape[0]).chunk(3))
+    if bias is not None:
+        for part, own in zip((first, second, third), bias.detach().chunk(3), strict=True):
+            part.bias = nn.Parameter(own.clone(), requires_grad=linear.weight.requires_grad)
+    return first, second, third
 
 
 def twin(taken_apart: Any, block: nn.Module, attention: nn.Module, *shared: object) -> Any:

@@ -17,11 +17,8 @@ from torch import Tensor, nn
 
 from hesper.errors import UsageError
 from hesper.hosts.base import HostBlock, Projected
-from hesper.hosts.parts import kept_columns, sliced, twin
+from hesper.hosts.parts import PARTS, kept_columns, sliced, thirds, twin
 from hesper.hosts.timm_ends import MLPS, anatomy_of, check_ends, check_same_shape, read_out
-
-PARTS = ("q", "k", "v")
-
 
 class Rotation:
     """Sines and cosines of every place, prefix tokens included, as the last embedding left them.
@@ -101,15 +98,20 @@ class TimmEvaBlock:
 
     def _fused(self, normed: Tensor, first: int, end: int) -> Tensor:
         """Rows through the fused weight's parts ``first`` to ``end`` of query, key and value."""
-        attn, inner = self.block.attn, self.heads * self.block.attn.head_dim
+        attn, inner, bias = self.block.attn, self.heads * self.block.attn.head_dim, self._bias()
         own = slice(first * inner, end * inner)
-        bias = attn.qkv.bias
-        if bias is None and getattr(attn, "q_bias", None) is not None:
-            bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         if bias is not None and getattr(attn, "qkv_bias_separate", False):
             apart: Tensor = nn.functional.linear(normed, attn.qkv.weight[own]) + bias[own]
             return apart
         return nn.functional.linear(normed, attn.qkv.weight[own], None if bias is None else bias[own])
+
+    def _bias(self) -> Tensor | None:
+        """The fused weight's bias, which may be kept in three parts."""
+        attn = self.block.attn
+        if attn.qkv.bias is None and getattr(attn, "q_bias", None) is not None:
+            return torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        bias: Tensor | None = attn.qkv.bias
+        return bias
 
     def _rotated(self, rows: Tensor, place: Tensor | None, like: Tensor) -> Tensor:
         """Queries or keys ``[..., heads, head_dim]`` turned by their places."""
@@ -155,6 +157,13 @@ class TimmEvaBlock:
         attn.num_heads = len(self.kept)
         if hasattr(attn, "attn_dim"):
             attn.num_kv_heads, attn.attn_dim, attn.kv_dim = len(self.kept), len(columns), len(columns)
+
+    def separate(self) -> None:
+        """Give queries, keys and values a linear layer each, in place, where they have none; timm's own forward is then lost."""
+        attn = self.block.attn
+        if attn.qkv is not None:
+            attn.q_proj, attn.k_proj, attn.v_proj = thirds(attn.qkv, self._bias())
+            attn.qkv = None
 
     def without_heads(self, heads: Sequence[int]) -> HostBlock:
         """A block like this one in which heads have left a copy of the attention weights; both read the same rotations."""

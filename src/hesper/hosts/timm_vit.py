@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hesper.errors import UsageError
 from hesper.hosts.base import HostBlock, Projected
-from hesper.hosts.parts import kept_columns, sliced, twin
+from hesper.hosts.parts import PARTS, kept_columns, sliced, thirds, twin
 from hesper.hosts.timm_ends import MLPS, anatomy_of, check_ends, check_same_shape, read_out
 
 
@@ -46,23 +46,28 @@ class TimmBlock:
 
     def project(self, stream: Tensor, place: Tensor | None = None) -> Projected:
         """Norm, queries, keys and values of ``[..., width]`` rows."""
-        attn = self.block.attn
-        normed = self.block.norm1(stream)
-        qkv = attn.qkv(normed)
-        qkv = qkv.view(*qkv.shape[:-1], 3, attn.num_heads, attn.head_dim)
-        query, key, value = qkv.unbind(-3)
+        attn, normed = self.block.attn, self.block.norm1(stream)
+        if attn.qkv is None:
+            query, key, value = (self._heads(getattr(attn, f"{part}_proj")(normed)) for part in PARTS)
+        else:
+            qkv = attn.qkv(normed)
+            query, key, value = qkv.view(*qkv.shape[:-1], 3, attn.num_heads, attn.head_dim).unbind(-3)
         return Projected(normed, attn.q_norm(query), attn.k_norm(key), value)
 
     def project_readers(self, stream: Tensor, readers: Tensor, place: Tensor | None = None) -> Projected:
-        """As :meth:`project`, with queries for the ``readers`` rows only: the query rows of the fused weight serve them alone."""
-        attn = self.block.attn
-        normed, inner = self.block.norm1(stream), attn.attn_dim
-        bias_q, bias_kv = (None, None) if attn.qkv.bias is None else (attn.qkv.bias[:inner], attn.qkv.bias[inner:])
-        query = nn.functional.linear(self.block.norm1(readers), attn.qkv.weight[:inner], bias_q)
-        query = query.view(*query.shape[:-1], attn.num_heads, attn.head_dim)
-        pair = nn.functional.linear(normed, attn.qkv.weight[inner:], bias_kv)
-        key, value = pair.view(*pair.shape[:-1], 2, attn.num_heads, attn.head_dim).unbind(-3)
-        return Projected(normed, attn.q_norm(query), attn.k_norm(key), value)
+        """As :meth:`project`, with queries for the ``readers`` rows only: the query rows of a fused weight serve them alone."""
+        attn, normed, reading = self.block.attn, self.block.norm1(stream), self.block.norm1(readers)
+        if attn.qkv is None:
+            query, key, value = attn.q_proj(reading), attn.k_proj(normed), attn.v_proj(normed)
+        else:
+            inner = attn.attn_dim
+            bias_q, bias_kv = (None, None) if attn.qkv.bias is None else (attn.qkv.bias[:inner], attn.qkv.bias[inner:])
+            query = nn.functional.linear(reading, attn.qkv.weight[:inner], bias_q)
+            key, value = nn.functional.linear(normed, attn.qkv.weight[inner:], bias_kv).chunk(2, -1)
+        return Projected(normed, attn.q_norm(self._heads(query)), attn.k_norm(self._heads(key)), self._heads(value))
+
+    def _heads(self, rows: Tensor) -> Tensor:
+        return rows.view(*rows.shape[:-1], self.heads, self.block.attn.head_dim)
 
     def merge_heads(self, mixed: Tensor) -> Tensor:
         """The residual update ``[..., width]`` from attention outputs ``[..., heads * head_dim]``."""
@@ -87,6 +92,13 @@ class TimmBlock:
         attn.proj = sliced(attn.proj, columns=columns)
         attn.num_heads = len(columns) // attn.head_dim
         attn.attn_dim = len(columns)
+
+    def separate(self) -> None:
+        """Give queries, keys and values a linear layer each, in place; timm's own forward is then lost."""
+        attn = self.block.attn
+        if attn.qkv is not None:
+            attn.q_proj, attn.k_proj, attn.v_proj = thirds(attn.qkv)
+            attn.qkv = None
 
     def without_heads(self, heads: Sequence[int]) -> HostBlock:
         """A block like this one in which heads have left a copy of the attention weights."""
