@@ -18,7 +18,7 @@ import hesper as package
 from cli_helpers import NAME, QUICK, hesper, sentence
 from hesper.exporting import Notes, format_of
 from hesper.exporting.notes import KEY
-from hesper.exporting.onnx_format import bound
+from hesper.exporting.onnx_session import bound
 from hesper.exporting.tensorrt import refused_by_tensorrt
 from hesper.runs import open_run
 
@@ -66,7 +66,7 @@ def test_a_fixed_run_takes_any_batch_in_onnx_runtime_without_hesper(fixed: Path,
 def test_images_that_are_on_a_device_stay_there(fixed: Path, onnx_file: Path) -> None:
     """By a binding of memory, tried on the processor's: the same logits, written where they are asked for."""
     session = onnxruntime.InferenceSession(str(onnx_file), providers=["CPUExecutionProvider"])
-    run, images = bound(session, open_run(fixed).plan.model.anatomy.classes), pictures_for(fixed, 5)
+    run, images = bound(session, (open_run(fixed).plan.model.anatomy.classes,)), pictures_for(fixed, 5)
     for part in (images, images.transpose(2, 3)[:2]):
         (logits,) = session.run(["logits"], {"images": part.contiguous().numpy()})
         np.testing.assert_array_equal(run(part).numpy(), logits)

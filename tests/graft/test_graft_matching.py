@@ -10,9 +10,7 @@ from hesper.graft.tokens import ward_prices
 
 
 @given(st.integers(1, 3), st.integers(2, 9), st.integers(0, 2), st.booleans(), st.integers(0, 10**6), st.data())
-def test_joining_is_adding_to_where_each_goes(
-    images: int, tokens: int, prefix: int, fixed: bool, seed: int, data: st.DataObject
-) -> None:
+def test_joining_is_adding_to_where_each_goes(images: int, tokens: int, prefix: int, fixed: bool, seed: int, data: st.DataObject) -> None:
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(images, prefix + tokens, 3, generator=generator)
     sources, homes = tokens // 2, (tokens + 1) // 2

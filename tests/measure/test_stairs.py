@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from hesper.errors import UsageError
 from hesper.graft import graft
+from hesper.graft.graph_pieces import GraphPieces
+from hesper.graft.one_graph import OneGraphViT
 from hesper.graft.pieces import Decision
 from hesper.hosts.open import OpenModel, wrap
 from hesper.measure.stairs import Stairs, measure_stairs
-from hesper.plan import HeadCut, Plan, Pricing, TokenCut, empty_plan
+from hesper.plan import HeadCut, ModelRef, Plan, Pricing, TokenCut, empty_plan
 
 RANK = 4
 
@@ -171,3 +173,26 @@ def test_pooling_models_are_timed_to_the_last_token(kind: str) -> None:
 
 def test_where_only_heads_go_only_the_full_count_is_walked(model: OpenModel) -> None:
     assert len(measured(model, 1, ()).counts) == 2
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("cuts", [{1: 20}, {0: 5, 2: 30}])
+def test_of_a_graph_in_pieces_it_foretells_what_the_whole_graph_does(model: OpenModel, cuts: dict[int, int], separate: bool) -> None:
+    def take_apart(module: torch.nn.Module, ref: ModelRef, decision: Decision | None) -> GraphPieces:
+        return GraphPieces(module, ref, decision, lambda piece, example, any_count: piece, separate)
+
+    decision = (Decision("merge", 1, RANK),)
+    with Work() as work:
+        stairs = measure_stairs(model, torch.randn(2, 3, 160, 160), decision, pieces=take_apart, seconds=1e18, clock=work.clock)
+    plan = plan_of(model, cuts)
+    cut = graft(model.host.module, plan, tables(model, plan), check_weights=False)
+    outcome = cut.run(torch.randn(2, 3, 160, 160))
+    for block in cut.host.blocks if separate else ():
+        block.separate()
+    with Work() as work, torch.inference_mode():
+        OneGraphViT(cut)(torch.randn(2, 3, 160, 160))
+    foretold = stairs.seconds(plan, outcome.traffic.fed, outcome.traffic.heads)
+    assert foretold == pytest.approx(np.full(2, work.done))
+    plain = measured(model, 2)
+    assert stairs.heads == plain.heads
+    assert np.array(stairs.attention) / stairs.attention[-1] == pytest.approx(np.array(plain.attention) / plain.attention[-1], rel=0.02)

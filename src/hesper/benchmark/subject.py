@@ -18,11 +18,11 @@ from hesper.errors import UsageError
 from hesper.exporting import format_of
 from hesper.graft import GraftedViT, graft
 from hesper.graft.one_graph import compiled
-from hesper.heart.gallery import load_gallery
+from hesper.heart.gallery import Gallery, load_gallery
 from hesper.hosts.open import open_model, transform_of
 from hesper.plan import empty_plan
 from hesper.precision import dtype_of
-from hesper.runs import open_run
+from hesper.runs import PLAN, open_run
 
 __all__ = ["Opened", "images_for", "open_subject", "timed_images"]
 
@@ -108,7 +108,7 @@ def _open_file(subject: Subject, device: str, batch_size: int, threads: int | No
 def images_for(opened: Mapping[str, Opened], data: str | None, batch_size: int, device: str) -> dict[str, tuple[Tensor, ...]]:
     """Batches of the same real images for each model, normalised as it expects, at least two.
 
-    They are of ``data``, evenly spread, or else those that a run keeps for its report.
+    They are of ``data``, evenly spread, or else those that a run keeps for its report; ``data`` may be a run too.
     Without any run and any data the models are given noise, on which those of fixed counts take as long.
 
     Raises:
@@ -120,9 +120,12 @@ def images_for(opened: Mapping[str, Opened], data: str | None, batch_size: int, 
             raise UsageError(
                 f"The models take images of {first.image_size} and {other.image_size} pixels, so no image serves both; compare others."
             )
-    images = _noise(first.channels, first.image_size) if data is None else _of_folder(first.transform, data, batch_size)
     mean, std = _scale(first)
-    if data is None:
+    if data is not None:
+        is_run = (Path(data) / PLAN).is_file()
+        images = (_of_run(data, first.image_size) - mean) / std if is_run else _of_folder(first.transform, data, batch_size)
+    else:
+        images = _noise(first.channels, first.image_size)
         kept = [found for each in opened.values() if each.subject.kind != "dense" and (found := _of_gallery(each)) is not None]
         if not kept and (adaptive := [each.subject.where for each in opened.values() if each.adapts]):
             raise UsageError(f"{adaptive[0]} keeps as many tokens as an image needs, so noise would say nothing; give --data DIR.")
@@ -156,6 +159,14 @@ def _of_folder(transform: Transform, data: str, batch_size: int) -> Tensor:
     return torch.cat(found)
 
 
+def _of_run(where: str, image_size: tuple[int, int]) -> Tensor:
+    """Pictures between 0 and 1 that a run keeps."""
+    gallery = load_gallery(open_run(where).path)
+    if gallery is None or gallery.pictures.shape[1:3] != image_size:
+        raise UsageError(f"The run {where} keeps no images of {image_size[0]} x {image_size[1]} pixels; give --data a folder of images.")
+    return _pictures(gallery)
+
+
 def timed_images(images: int, batch_size: int) -> list[int]:
     """Which of so many images are run in batches, evenly spread.
 
@@ -174,6 +185,10 @@ def _of_gallery(opened: Opened) -> Tensor | None:
     gallery = load_gallery(Path(opened.subject.where))
     if gallery is None:
         return None
+    return _pictures(gallery)
+
+
+def _pictures(gallery: Gallery) -> Tensor:
     return gallery.pictures.permute(0, 3, 1, 2).float() / 255
 
 

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +19,11 @@ from hesper.benchmark.subject import timed_images
 from hesper.data import ImageSet, LoadedBatch, batches
 from hesper.device import lacks_memory
 from hesper.errors import Interrupted, JobError, UsageError
+from hesper.exporting import export
+from hesper.exporting.onnx_pieces import onnx_pieces
+from hesper.exporting.onnx_session import runtime_of
 from hesper.graft import GraftedViT
-from hesper.graft.pieces import Decision
+from hesper.graft.pieces import Decision, Pieces
 from hesper.heart.device import Check, Machine
 from hesper.heart.gallery import Gallery, save_gallery
 from hesper.heart.settings import Settings
@@ -28,7 +32,7 @@ from hesper.measure.evaluate import evaluate
 from hesper.measure.fingerprint import Fingerprint, fingerprint
 from hesper.measure.kept_stairs import kept_or_measured
 from hesper.measure.processes import Ratio, ratio_in_turns
-from hesper.measure.stairs import Stairs, measure_stairs
+from hesper.measure.stairs import Stairs, TakeApart, measure_stairs
 from hesper.meters import usable
 from hesper.plan import dumps
 from hesper.runs import MODEL, PLAN, new_run, seal, write_text
@@ -69,8 +73,12 @@ class ThisDevice:
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder) / "run"
             self._write(run, model)
+            target, how = run, dict[str, Any]()
+            if self.settings.device_runtime == "onnx":
+                target, how = self._exported(run), {"baseline": self._exported(run, dense=True), "data": run}
             found = bench(
-                run,
+                target,
+                **how,
                 batch_sizes=(size,),
                 device=self.device,
                 threads=self.machine.threads,
@@ -100,6 +108,14 @@ class ThisDevice:
             save_model(folder / MODEL, self.opened, cut)
             save_gallery(folder, _pictures(self.opened, self.timed))
             seal(folder, "check", asked={}, results={})
+
+    def _exported(self, run: Path, dense: bool = False) -> Path:
+        """A run, or its dense model, as it would be used."""
+        file = run.with_name("dense.onnx" if dense else "run.onnx")
+        try:
+            return export(run, out=file, dense=dense).path
+        except JobError as error:
+            raise Interrupted(f"The pruned model cannot be exported ({str(error).rstrip('.')}); use --device-runtime torch.") from error
 
     def _share(self, found: Bench, cell: Cell, batches: int) -> Ratio:
         """What the budget is about, of the target by what the dense model takes."""
@@ -142,7 +158,9 @@ def find_this_device(
                     f"No energy can be read here ({reason}), so there is none to save; 'hesper doctor' says what would help, and --latency "
                     "prunes for time."
                 )
-    size, now = settings.device_batch, fingerprint()
+    size, now, onnx = settings.device_batch, fingerprint(), settings.device_runtime == "onnx"
+    pieces: TakeApart = onnx_pieces(device, torch.get_num_threads()) if onnx else Pieces
+    runtime = runtime_of(device) if onnx else ""
     timed = tuple(batches(images, settings.batch_size, indices=timed_images(len(images), size)))
     shown = None if progress is None else lambda done, total: progress("Measure this device", done, total)
 
@@ -150,7 +168,7 @@ def find_this_device(
         together = torch.cat([batch.images for batch in timed])
         try:
             pictures = together[torch.arange(size, device=together.device) % len(together)]
-            return measure_stairs(opened, pictures, _decisions(settings), progress=shown)
+            return measure_stairs(opened, pictures, _decisions(settings), pieces=pieces, progress=shown)
         except (RuntimeError, MemoryError) as error:
             if not lacks_memory(error):
                 raise
@@ -158,9 +176,11 @@ def find_this_device(
 
     busy = now.state.get("busy")
     doubtful = isinstance(busy, float) and busy > BUSY
-    stairs = kept_or_measured(now, opened.ref, device, size, _decisions(settings), measured, keep=not doubtful)
+    stairs = kept_or_measured(now, opened.ref, device, size, _decisions(settings), measured, runtime=runtime, keep=not doubtful)
     warnings = (f"other jobs took {100 * busy:.0f} % of the processor when this device was first looked at",) if doubtful else ()  # type: ignore[operator]
-    return ThisDevice(Machine(_words(now, device), torch.get_num_threads(), stairs), opened, timed, settings, device, meter, warnings)
+    return ThisDevice(
+        Machine(_words(now, device, runtime), torch.get_num_threads(), stairs), opened, timed, settings, device, meter, warnings
+    )
 
 
 def _decisions(settings: Settings) -> list[Decision]:
@@ -173,9 +193,9 @@ def _decisions(settings: Settings) -> list[Decision]:
     return [Decision("merge", count, settings.rank) for count in rounds]
 
 
-def _words(machine: Fingerprint, device: str) -> str:
+def _words(machine: Fingerprint, device: str, runtime: str) -> str:
     names = [machine.fixed.get("board"), machine.fixed.get("cuda") if device == "cuda" else machine.fixed.get("cpu")]
-    return ", ".join(str(name) for name in names if name) or "a processor of unknown make"
+    return ", ".join(str(name) for name in [*filter(None, names)] or ["a processor of unknown make"] + [runtime] * bool(runtime))
 
 
 def _mean(seconds: Sequence[float], batches: int) -> float:

@@ -89,6 +89,13 @@ BUDGETS = {
     metavar="N",
     help="Images at a time that --latency, --latency-ms or --energy is about.",
 )
+@click.option(
+    "--device-runtime",
+    type=click.Choice(["torch", "onnx"]),
+    default="torch",
+    show_default=True,
+    help="That runs it there: PyTorch as it is, or ONNX Runtime as hesper export writes it.",
+)
 @click.option("--meter", default="auto", show_default=True, metavar="NAME", help="That reads energy for --energy, as in hesper bench.")
 @click.option("--confidence", type=float, default=0.95, show_default=True, metavar="C", help="With which the budget must hold.")
 @click.option("--data", type=file_path(), metavar="DIR", help="Evaluate on these images afterwards; the record gets an entry.")
@@ -270,7 +277,7 @@ def _settings(options: dict[str, Any], kind: str) -> Settings:
     from hesper.heart.settings import Settings
 
     tokens = ("combine", "counts", "schedule", "tokens", "rank", "gamma", "rounds", "multiple", "refit", "refine", "blocks")
-    plain = (*tokens, "heads", "batch_size", "seed", "device_batch")
+    plain = (*tokens, "heads", "batch_size", "seed", "device_batch", "device_runtime")
     budget = _budget(options, kind)
     _check_asked(options, budget)
     criterion = Criterion(options["criterion"], options["temperature"], options["draws"])
@@ -286,7 +293,7 @@ def _check_asked(options: dict[str, Any], budget: Budget) -> None:
         (("rounds", "refine"), tokens and merges, "merging tokens", "--tokens --combine merge"),
         (("refit",), tokens and merges and options["criterion"] == "kl", "merging tokens", "--tokens --combine merge --criterion kl"),
         (("multiple",), tokens and adapts, "counts that adapt", "--tokens --counts adaptive"),
-        (("device_batch",), on_device(budget), "a budget on this device", "--latency, --latency-ms or --energy"),
+        (("device_batch", "device_runtime"), on_device(budget), "a budget on this device", "--latency, --latency-ms or --energy"),
         (("meter",), budget.kind == "energy", "a budget on energy", "--energy"),
     )
     source = click.get_current_context().get_parameter_source

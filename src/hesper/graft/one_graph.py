@@ -29,7 +29,7 @@ from hesper.hosts.base import HostBlock, Projected
 from hesper.plan import TokenCut
 from hesper.precision import wide
 
-__all__ = ["COMPILE_MODES", "OneGraphViT", "check_one_graph", "compile_mode", "compiled"]
+__all__ = ["COMPILE_MODES", "OneGraphViT", "Tokens", "check_one_graph", "compile_mode", "compiled"]
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
@@ -104,25 +104,24 @@ class OneGraphViT(nn.Module):
         return self._run(images.to(like)).to(images.dtype)
 
     def _run(self, images: Tensor) -> Tensor:
+        tokens, last = self.begin(images), self.plan.model.anatomy.depth - 1
+        for index in range(last if self.plan.skip_unread else last + 1):
+            tokens = self.through(index, tokens)
+        return self.finish(tokens)
+
+    def begin(self, images: Tensor) -> Tokens:
+        """Images to the tokens that enter the first block."""
         cut, host, anatomy = self.cut, self.cut.host, self.plan.model.anatomy
         rows = host.embed(images)
         place = torch.arange(anatomy.tokens, device=rows.device).expand(rows.shape[0], -1) if host.reads_places else None
         if cut.order is not None:
             order = torch.cat([torch.arange(anatomy.prefix_tokens, device=rows.device), cut.order + anatomy.prefix_tokens])
             rows, place = rows.index_select(1, order), None if place is None else place.index_select(1, order)
-        tokens = Tokens(rows, place=place)
-        last = anatomy.depth - 1
-        for index, block in enumerate(host.blocks):
-            if index < last or not self.plan.skip_unread:
-                tokens = self._through(index, block, tokens)
-        if self.plan.skip_unread:
-            return self._read_prefix(host.blocks[last], tokens)
-        normed, prefix = host.norm(tokens.rows), anatomy.prefix_tokens
-        if not anatomy.reads_patches:
-            return host.readout(normed[:, :prefix], None)
-        return host.readout(normed[:, :prefix], normed[:, prefix:], None if tokens.size is None else tokens.size[:, prefix:])
+        return Tokens(rows, place=place)
 
-    def _through(self, index: int, block: HostBlock, tokens: Tokens) -> Tokens:
+    def through(self, index: int, tokens: Tokens) -> Tokens:
+        """Both halves of a block, and between them what it decides."""
+        block = self.cut.host.blocks[index]
         projected = block.project(tokens.rows, tokens.place)
         log_size = self._log_size(index, tokens)
         mixed, mass = _attend(projected, log_size, block.scale, self._fused)
@@ -134,6 +133,16 @@ class OneGraphViT(nn.Module):
                 attention = _reader_attention(projected, mass, log_size, block.scale, self.plan.model.anatomy.prefix_tokens)
             tokens = self._decide(decider, projected, attention, tokens)
         return replace(tokens, rows=tokens.rows + block.feed(tokens.rows))
+
+    def finish(self, tokens: Tokens) -> Tensor:
+        """Tokens to logits, through the last block where that computes the prefix alone."""
+        host, anatomy = self.cut.host, self.plan.model.anatomy
+        if self.plan.skip_unread:
+            return self._read_prefix(host.blocks[-1], tokens)
+        normed, prefix = host.norm(tokens.rows), anatomy.prefix_tokens
+        if not anatomy.reads_patches:
+            return host.readout(normed[:, :prefix], None)
+        return host.readout(normed[:, :prefix], normed[:, prefix:], None if tokens.size is None else tokens.size[:, prefix:])
 
     def _read_prefix(self, block: HostBlock, tokens: Tokens) -> Tensor:
         prefix = tokens.rows[:, : self.plan.model.anatomy.prefix_tokens]

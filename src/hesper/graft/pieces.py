@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -69,10 +69,22 @@ class Pieces:
         """Images to the stream that enters the first block."""
         return self.model._lay_out(self.model.host.embed(images))
 
-    def through(self, stream: Stream, blocks: Sequence[HostBlock] | None = None) -> None:
-        """Both halves of every block but one that computes the prefix alone, nothing leaving; ``blocks`` stand in for the model's own."""
+    def fresh(self, stream: Stream) -> Stream:
+        """A stream that may be written to."""
+        return replace(stream, rows=stream.rows.clone())
+
+    def dense(self, images: Tensor) -> Tensor:
+        """Images to logits through the model before anything is cut."""
+        logits: Tensor = self.module(images)
+        return logits
+
+    def through(self, stream: Stream) -> None:
+        """Both halves of every block but one that computes the prefix alone, nothing leaving."""
+        self._through(stream, self.model.host.blocks)
+
+    def _through(self, stream: Stream, blocks: Sequence[HostBlock]) -> None:
         book = Book()
-        for index, block in enumerate((blocks or self.model.host.blocks)[: self.depth]):
+        for index, block in enumerate(blocks[: self.depth]):
             self.model._through(index, block, stream, book, decide=False)
 
     def feed(self, stream: Stream) -> None:
@@ -96,10 +108,11 @@ class Pieces:
         """Blocks that run on every token."""
         return self.anatomy.depth - 1 if self.skip_unread else self.anatomy.depth
 
-    def with_heads(self, heads: int) -> list[HostBlock]:
-        """The blocks with only so many of their heads."""
+    def with_heads(self, heads: int) -> Callable[[Stream], None]:
+        """As :meth:`through`, of blocks with only so many of their heads."""
         gone = range(self.anatomy.heads - heads)
-        return [block.without_heads(gone) for block in self.model.host.blocks]
+        blocks = [block.without_heads(gone) for block in self.model.host.blocks]
+        return lambda stream: self._through(stream, blocks)
 
 
 def _tables(block: int, width: int, heads: int, rank: int) -> dict[str, Tensor]:

@@ -9,9 +9,11 @@ from hesper.errors import UsageError
 from hesper.heart.criteria import Criterion, check_prices_heads
 from hesper.heart.family import Counts, Heads, Stages
 from hesper.kinds import check_kinds
-from hesper.plan import Budget, Combine, Schedule, check_budget
+from hesper.plan import Budget, Combine, Schedule, check_budget, on_device
 
-__all__ = ["Settings"]
+__all__ = ["Runtime", "Settings"]
+
+Runtime = Literal["torch", "onnx"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Settings:
     ``rank``, ``gamma`` and ``rounds`` shape merging, whose prices are fitted again on the cut model where ``refit`` says so and which is
     refined in ``refine`` epochs (0: not at all); ``blocks`` says which blocks may let tokens go. "auto" measures which blocks, and one
     or two rounds. Adaptive counts are multiples of ``multiple``; "auto" takes :func:`~hesper.heart.family.steps_of` the model, or 1 where
-    that cannot keep the budget.
+    that cannot keep the budget. A budget on a device is about batches of ``device_batch`` images in a ``device_runtime``: the run as it is
+    in PyTorch, or as it is exported in ONNX Runtime.
     """
 
     budget: Budget
@@ -41,6 +44,7 @@ class Settings:
     batch_size: int = 32
     seed: int = 0
     device_batch: int = 1
+    device_runtime: Runtime = "torch"
 
     def __post_init__(self) -> None:
         """Refuse words and numbers that mean nothing; UsageError names them."""
@@ -58,7 +62,21 @@ class Settings:
             raise UsageError("A multiple is about counts that adapt; leave it at 'auto' where counts are fixed or no tokens go.")
         if self.refine < 0:
             raise UsageError(f"Merging cannot be refined in {self.refine} epochs; use 0 for not at all.")
+        if self.device_runtime != "torch":
+            self._check_exportable()
         if self.heads == "adaptive":
             check_prices_heads(self.criterion)
             if self.counts == "fixed":
                 raise UsageError("Fixed counts promise every image the same work, which heads that adapt break; use --heads static.")
+
+    def _check_exportable(self) -> None:
+        """UsageError for what no exported file can do."""
+        if not on_device(self.budget):
+            raise UsageError("A runtime is about a budget on this device; use --latency, --latency-ms or --energy, or leave it out.")
+        if self.heads == "adaptive":
+            raise UsageError("Heads that sit out image by image are not exported; use --heads static, or --device-runtime torch.")
+        if self.tokens and self.counts == "adaptive" and self.device_batch > 1:
+            raise UsageError(
+                f"An exported run whose counts adapt takes one image at a time, not {self.device_batch}; use --counts fixed, or "
+                "--device-batch 1."
+            )

@@ -20,6 +20,7 @@ from hesper.hosts.base import HostBlock, Projected
 from hesper.hosts.parts import PARTS, kept_columns, sliced, thirds, twin
 from hesper.hosts.timm_ends import MLPS, anatomy_of, check_ends, check_same_shape, read_out
 
+
 class Rotation:
     """Sines and cosines of every place, prefix tokens included, as the last embedding left them.
 

@@ -40,6 +40,7 @@ def kept_or_measured(
     decisions: Sequence[Decision],
     measure: Callable[[], Stairs],
     *,
+    runtime: str = "",
     keep: bool = True,
     folder: Path | None = None,
 ) -> Stairs:
@@ -55,6 +56,7 @@ def kept_or_measured(
         batch_size: images at a time.
         decisions: on tokens, that are timed.
         measure: measures.
+        runtime: in words, where it is another than PyTorch.
         keep: whether what is measured may serve later; False where the machine was busy.
         folder: where they are kept, instead of :func:`folder_of_stairs`.
     """
@@ -63,6 +65,7 @@ def kept_or_measured(
         "machine": dict(machine.fixed),
         "model": [ref.name, ref.library, dataclasses.asdict(ref.anatomy)],
         "device": device,
+        "runtime": runtime,
         "threads": torch.get_num_threads(),
         "batch_size": batch_size,
         "decisions": [dataclasses.asdict(each) for each in decisions],

@@ -7,21 +7,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from hesper.errors import UsageError
 from hesper.graft.pieces import SHARE, Decision, Pieces
-from hesper.graft.stream import Stream
 from hesper.hosts.open import OpenModel
 from hesper.measure.latency import settle
-from hesper.plan import Plan
+from hesper.plan import ModelRef, Plan
 
-__all__ = ["Stairs", "measure_stairs"]
+__all__ = ["Parts", "Stairs", "TakeApart", "measure_stairs"]
 
 Seconds = NDArray[np.float64]
 ROUNDS, FEWER_ROUNDS = 25, 5
@@ -150,11 +149,54 @@ class Stairs:
         return stairs
 
 
+class Parts(Protocol):
+    """A model's pieces as a runtime has them, on streams of its own kind; as :class:`~hesper.graft.pieces.Pieces`."""
+
+    decision: Decision | None
+    skip_unread: bool
+
+    @property
+    def depth(self) -> int:
+        """Blocks that run on every token."""
+
+    def stream(self, images: int, tokens: int, device: torch.device) -> Any:
+        """Noise of so many tokens an image."""
+
+    def fresh(self, stream: Any) -> Any:
+        """A stream that may be written to."""
+
+    def begin(self, images: Tensor) -> object:
+        """Images to the stream that enters the first block."""
+
+    def dense(self, images: Tensor) -> object:
+        """Images to logits through the model before anything is cut."""
+
+    def through(self, stream: Any) -> object:
+        """Both halves of every such block, nothing leaving."""
+
+    def feed(self, stream: Any) -> object:
+        """The feed-forward halves of the same blocks."""
+
+    def decide(self, stream: Any, remove: int | None) -> object:
+        """One block in the middle, with a decision that lets ``remove`` patches of each image go, or without any."""
+
+    def finish(self, stream: Any) -> object:
+        """The stream to logits."""
+
+    def with_heads(self, heads: int) -> Callable[[Any], object]:
+        """As :meth:`through`, of blocks with only so many of their heads."""
+
+
+TakeApart = Callable[[nn.Module, ModelRef, Decision | None], Parts]
+"""Takes a dense model apart, by one way of letting tokens go or for none."""
+
+
 def measure_stairs(
     model: OpenModel,
     images: Tensor,
     decisions: Sequence[Decision],
     *,
+    pieces: TakeApart = Pieces,
     seconds: float = 60.0,
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[int, int], None] | None = None,
@@ -167,6 +209,7 @@ def measure_stairs(
         model: the dense model, on the device.
         images: a batch ``[images, channels, height, width]`` there.
         decisions: that plans may make on tokens, which differ in rounds alone; none where only heads go.
+        pieces: takes the model apart for what is to run it.
         seconds: that it may take, about.
         clock: seconds that only grow.
         progress: told (round, rounds).
@@ -176,7 +219,7 @@ def measure_stairs(
     """
     if len({(each.combine, each.rank) for each in decisions}) > 1:
         raise UsageError("Stairs are of one way of letting tokens go; measure others on their own.")
-    variants = [Pieces(model.host.module, model.ref, each) for each in decisions] or [Pieces(model.host.module, model.ref, None)]
+    variants = [pieces(model.host.module, model.ref, each) for each in decisions or (None,)]
     with torch.inference_mode():
         return _Walk(variants, model, images, clock).measure(seconds, progress)
 
@@ -184,11 +227,11 @@ def measure_stairs(
 class _Walk:
     """Up and down the counts, timing what a model does at each."""
 
-    def __init__(self, variants: Sequence[Pieces], model: OpenModel, images: Tensor, clock: Callable[[], float]) -> None:
+    def __init__(self, variants: Sequence[Parts], model: OpenModel, images: Tensor, clock: Callable[[], float]) -> None:
         self.variants, self.pieces, self.model, self.images, self.clock = variants, variants[0], model, images, clock
         self.full, self.prefix = model.ref.anatomy.tokens, model.ref.anatomy.prefix_tokens
         self.taken: dict[tuple[str, int], list[float]] = {}
-        self.streams: dict[int, Stream] = {}
+        self.streams: dict[int, Any] = {}
         heads = model.ref.anatomy.heads
         grid = sorted({max(1, round(heads * step / HEADS)) for step in range(1, HEADS + 1)})
         self.with_heads = {count: self.pieces.with_heads(count) for count in grid if count < heads and model.host.heads_removable}
@@ -196,7 +239,7 @@ class _Walk:
     def measure(self, seconds: float, progress: Callable[[int, int], None] | None) -> Stairs:
         """Warm up, choose the counts, walk."""
         settle(
-            {"dense": self._dense, "blocks": lambda: self.pieces.through(self._stream(self.full))},
+            {"dense": lambda: self.pieces.dense(self.images), "blocks": lambda: self.pieces.through(self._stream(self.full))},
             least_seconds=LEAST_WARMUP,
             synchronise=self._wait,
         )
@@ -240,19 +283,22 @@ class _Walk:
         if not also_deciding:
             return
         self._timed("begin", self.full, lambda _: self.pieces.begin(self.images))
-        self._timed("dense", self.full, lambda _: self._dense())
-        for heads, blocks in self.with_heads.items() if count == self.full else ():
-            self._timed("heads", heads, partial(self.pieces.through, blocks=blocks), self.full)
-        for pieces in self.variants:
-            if pieces.decision is not None and (gone := self._leaving(count)):
-                self._timed(f"decided in {pieces.decision.rounds}", count, partial(pieces.decide, remove=gone))
-        if self.pieces.decision is not None and self._leaving(count):
-            self._timed("undecided", count, partial(self.pieces.decide, remove=None))
+        self._timed("dense", self.full, lambda _: self.pieces.dense(self.images))
+        for heads, through in self.with_heads.items() if count == self.full else ():
+            self._timed("heads", heads, through, self.full)
+        if not (gone := self._leaving(count)) or self.pieces.decision is None:
+            return
+        jobs = {
+            f"decided in {each.decision.rounds}": partial(each.decide, remove=gone) for each in self.variants if each.decision is not None
+        }
+        for name, job in {**jobs, "undecided": partial(self.pieces.decide, remove=None)}.items():
+            job(self._stream(count))  # a decision is many small steps, and their code is at hand in a whole run
+            self._timed(name, count, job)
 
     def _leaving(self, count: int) -> int:
         return (count - self.prefix) // SHARE
 
-    def _timed(self, name: str, key: int, job: Callable[[Stream], object], count: int | None = None) -> None:
+    def _timed(self, name: str, key: int, job: Callable[[Any], object], count: int | None = None) -> None:
         stream = self._stream(key if count is None else count)
         self._wait()
         started = self.clock()
@@ -260,15 +306,10 @@ class _Walk:
         self._wait()
         self.taken.setdefault((name, key), []).append(self.clock() - started)
 
-    def _stream(self, count: int) -> Stream:
-        """A stream that may be written to."""
+    def _stream(self, count: int) -> Any:
         if count not in self.streams:
             self.streams[count] = self.pieces.stream(len(self.images), count, self.images.device)
-        return dataclasses.replace(self.streams[count], rows=self.streams[count].rows.clone())
-
-    def _dense(self) -> Tensor:
-        logits: Tensor = self.model.host.module(self.images)
-        return logits
+        return self.pieces.fresh(self.streams[count])
 
     def _wait(self) -> None:
         if self.images.is_cuda:

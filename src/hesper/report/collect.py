@@ -162,6 +162,7 @@ def command(facts: RunFacts) -> str:
         words += ["--combine", first.combine, "--counts", *(["fixed"] if first.threshold is None else adaptive)]
     if on_device(plan.budget):
         words += ["--device-batch", str(asked.get("device_batch", 1 if plan.device is None else plan.device.batch_size))]
+        words += ["--device-runtime", str(asked["device_runtime"])] if asked.get("device_runtime") else []
         words += ["--meter", str(asked["meter"])] if plan.budget.kind == "energy" and asked.get("meter") else []
     for key in ("heads", "blocks", "batch_size"):
         words += [f"--{key.replace('_', '-')}", str(asked[key])] if asked.get(key) else []
