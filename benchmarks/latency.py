@@ -3,20 +3,22 @@
     python benchmarks/latency.py --data DATA --pairs LATENCY_RUN MACS_RUN [LATENCY_RUN MACS_RUN ...]
 
 Every run is benched beside its dense model on images of DATA/imagenet/val, in batches of the size that the first of a pair was made for,
-the two of a pair are benched beside each other, and both are evaluated on all images of DATA/imagenet/val. One JSON object a line. Let
-nothing else run meanwhile. Takes six minutes a pair on two cores.
+the two of a pair are benched beside each other, and both are evaluated on all images of DATA/imagenet/val; pairs whose first was made for
+ONNX Runtime are exported and benched there. One JSON object a line. Let nothing else run meanwhile. Takes six minutes a pair on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from common import Place, say
 
 import hesper
+from hesper.exporting import export
 from hesper.runs import environment, open_run
 
 
@@ -33,6 +35,22 @@ def share(run: Path, baseline: Path | None, size: int, images: Path) -> dict[str
         "ms": ms,
         "warnings": list(found.warnings),
     }
+
+
+def shares(mine: Path, other: Path, size: int, images: Path) -> dict[str, Any]:
+    """Of both runs of a pair beside their dense model, and of the first beside the second, where the first was made to run."""
+    if open_run(mine).entries[0].asked.get("device_runtime", "torch") == "torch":
+        return {
+            name: share(*pair, size, images)
+            for name, pair in {"latency": (mine, None), "macs": (other, None), "pair": (mine, other)}.items()
+        }
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / f"{name}.onnx" for name in ("dense", "latency", "macs")}
+        for name, run in {"dense": mine, "latency": mine, "macs": other}.items():
+            export(run, out=files[name], dense=name == "dense")
+        pairs = {"latency": (files["latency"], files["dense"]), "macs": (files["macs"], files["dense"])}
+        pairs["pair"] = (files["latency"], files["macs"])
+        return {name: share(*pair, size, images) for name, pair in pairs.items()}
 
 
 def outcome(run: Path, images: Path) -> dict[str, Any]:
@@ -54,11 +72,7 @@ def main() -> None:
         plan = open_run(mine).plan
         assert plan.device is not None, f"{mine} was not made for a device"
         size = plan.device.batch_size
-        times = {
-            "latency": share(mine, None, size, images),
-            "macs": share(other, None, size, images),
-            "pair": share(mine, other, size, images),
-        }
+        times = shares(mine, other, size, images)
         results = {"latency": outcome(mine, images), "macs": outcome(other, images)}
         row = {"run": mine.name, "model": plan.model.name, "batch": size, "asked": plan.budget.value, "times": times, "outcomes": results}
         print(json.dumps(row), flush=True)

@@ -15,18 +15,27 @@ from torch import Tensor
 
 from cli_helpers import NAME, QUICK, hesper, sentence, write_images
 from hesper.benchmark import launch
+from hesper.benchmark.this_device import ThisDevice
+from hesper.graft import GraftedViT
+from hesper.graft.graph_pieces import GraphPieces
 from hesper.graft.pieces import Decision
+from hesper.heart.device import Check
+from hesper.heart.prune import _Job
 from hesper.hosts.open import OpenModel
-from hesper.measure.stairs import Stairs
+from hesper.measure.evaluate import evaluate
+from hesper.measure.stairs import Stairs, TakeApart
 from hesper.runs import open_run
+
+REHEARSE = _Job._rehearse
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """One check of one process; the staircase is one of tokens alone, as a model of no width has none of its own."""
+    """One check of one process, and none before; the staircase is one of tokens alone, as a model of no width has none of its own."""
     monkeypatch.setattr("hesper.benchmark.this_device.PROCESSES", 1)
     monkeypatch.setattr("hesper.benchmark.this_device.measure_stairs", tokens_alone)
     monkeypatch.setattr("hesper.heart.device.CHECKS", 1)
+    monkeypatch.setattr(_Job, "_rehearse", lambda *_: [])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
@@ -65,6 +74,50 @@ def test_a_budget_of_latency_is_measured_and_told(tmp_path: Path, weights: Path,
     assert json.loads(hesper("bench", out, "--meter", "none", "--processes", 1, "--rounds", 3, "--json").stdout)["cells"]
 
 
+def test_a_device_that_is_slower_than_foretold_is_known_before_the_search(
+    tmp_path: Path, weights: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slower(self: ThisDevice, model: GraftedViT) -> Check:
+        evaluation, stairs = evaluate(model, self.opened.host.module, self.timed), self.machine.stairs
+        share = 1.2 * float(stairs.seconds(model.plan, evaluation.tokens, evaluation.heads).mean()) / stairs.dense
+        return Check(share, share, share, 1, evaluation)
+
+    monkeypatch.setattr(_Job, "_rehearse", REHEARSE)
+    monkeypatch.setattr(ThisDevice, "check", slower)
+    words = ("--weights", weights, "--calib", images, "--refine", 0, "--no-refit", *QUICK, "--latency")
+    result = hesper("prune", NAME, *words, 0.85, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.stderr
+    first, last = open_run(tmp_path / "run").entries[0].results["checks"]
+    assert first["foretold"] == first["expected"] > 0.7 and first["measured"] == pytest.approx(1.2 * first["foretold"])
+    assert last["expected"] == pytest.approx(last["measured"]) and 0.7 < last["measured"] < 0.86
+    # In reach of what is foretold, and not of what the device takes.
+    least = float(
+        re.findall(r"the least that can be had is (\d\.\d+)", sentence(hesper("prune", NAME, *words, 0.2, "--out", tmp_path / "no"), 1))[0]
+    )
+    said = sentence(hesper("prune", NAME, *words, 1.1 * least, "--out", tmp_path / "no"), 1)
+    assert "No plan takes" in said and float(re.findall(r"had is (\d\.\d+)", said)[0]) == pytest.approx(1.2 * least, rel=0.02)
+
+
+def test_a_budget_may_be_about_onnx_runtime(tmp_path: Path, weights: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def stairs(model: OpenModel, shots: Tensor, decisions: Sequence[Decision], *, pieces: TakeApart, **_: object) -> Stairs:
+        taken.append(pieces(model.host.module, model.ref, decisions[0]))
+        return tokens_alone(model, shots, decisions)
+
+    monkeypatch.setattr("hesper.benchmark.this_device.measure_stairs", stairs)
+    out = tmp_path / "run"
+    words = ("--weights", weights, "--calib", images, "--out", out, "--refine", 0, "--no-refit", *QUICK)
+    result = hesper("prune", NAME, *words, "--latency", 0.8, "--device-runtime", "onnx")
+    assert result.exit_code == 0, result.stderr
+    run = open_run(out)
+    device = run.plan.device
+    assert device is not None and ", ONNX Runtime " in device.device and device.device.endswith("CPUExecutionProvider")
+    assert device.unit == "of the dense model's time" and 0.1 < device.measured < 10
+    assert "--device-runtime onnx" in run.entries[0].asked["command"]
+    assert [type(each) for each in taken] == [GraphPieces] and taken[0].decision.adaptive
+
+
 def test_energy_is_that_of_the_meter(tmp_path: Path, weights: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hesper.benchmark.this_device.STRETCH_SECONDS", 0.5)
     power = tmp_path / "power.csv"
@@ -90,6 +143,10 @@ def test_energy_is_that_of_the_meter(tmp_path: Path, weights: Path, images: Path
         (("--energy", 0.7, "--meter", "none"), "No energy can be read here (none was asked for)"),
         (("--energy", 0.7, "--meter", "wattmeter"), "There is no meter 'wattmeter'"),
         (("--latency", 0.7, "--device-batch", 0), "--device-batch"),
+        (("--macs", 0.7, "--device-runtime", "onnx"), "--device-runtime is about a budget on this device and needs --latency"),
+        (("--latency", 0.7, "--device-runtime", "tflite"), "--device-runtime"),
+        (("--latency", 0.7, "--device-runtime", "onnx", "--heads", "adaptive"), "use --heads static, or --device-runtime torch"),
+        (("--latency", 0.7, "--device-runtime", "onnx", "--device-batch", 4), "use --counts fixed, or --device-batch 1"),
     ],
 )
 def test_wrong_budgets_are_refused(ask: Callable[..., Result], words: tuple[object, ...], says: str) -> None:

@@ -20,6 +20,7 @@ from hesper.exporting import Notes, format_of
 from hesper.exporting.notes import KEY
 from hesper.exporting.onnx_session import bound
 from hesper.exporting.tensorrt import refused_by_tensorrt
+from hesper.heart.gallery import GALLERY
 from hesper.runs import open_run
 
 FAST = ("--threads", 1, "--rounds", 3, "--processes", 1, "--meter", "none")
@@ -131,6 +132,15 @@ def test_halves_and_the_dense_model_are_exported_and_benched(fixed: Path, tmp_pa
         models = cell["models"]
         assert cell["ending"] == "done" and models["target"]["macs_mean"] < models["baseline"]["macs_mean"]
         assert models["target"]["runtime"].startswith("ONNX Runtime")
+
+
+def test_a_file_is_benched_on_the_images_that_a_run_keeps(fixed: Path, onnx_file: Path, tmp_path: Path) -> None:
+    result = hesper("bench", onnx_file, "--data", fixed, "--json", *FAST)
+    assert result.exit_code == 0, result.stderr
+    bare = shutil.copytree(fixed, tmp_path / "bare")
+    (bare / GALLERY).unlink()
+    said = sentence(hesper("bench", onnx_file, "--data", bare, *FAST), 2)
+    assert f"The run {bare} keeps no images of 160 x 160 pixels; give --data a folder of images" in said
 
 
 @pytest.mark.parametrize(

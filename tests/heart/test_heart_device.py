@@ -11,7 +11,7 @@ import torch
 
 from hesper.errors import OutOfReach, UsageError
 from hesper.heart.budget import Chosen, choose
-from hesper.heart.device import CHECKS, Check, Machine, Met, met
+from hesper.heart.device import CHECKS, Check, Machine, Met, correction, lesson, met
 from hesper.heart.family import Family, deciding_blocks
 from hesper.heart.fit import Atlas, Tables
 from hesper.heart.placement import Trial
@@ -86,6 +86,31 @@ def test_a_staircase_that_is_wrong_is_corrected_by_what_is_measured(wrong: float
     assert len(checks) == (1 if wrong == 1.0 else 2) and checks[0].measured / checks[0].foretold == pytest.approx(wrong)
     assert checks[-1].expected == pytest.approx(checks[-1].measured) and checks[-1].unit == "of the dense model's time"
     assert statement.startswith(f"Takes {checks[-1].measured:.4g} of the dense model's time for one image")
+
+
+def test_what_was_learned_before_counts_and_is_told() -> None:
+    """A plan placed by what another one taught needs no second look; once it was run itself, that other one no longer counts."""
+    budget, machine = Budget("latency", 0.7, 0.95), Machine("A78", 4, stairs())
+    spending = spending_of(budget, stairs())
+
+    def check(own: Chosen, wrong: float = 1.2) -> Check:
+        evaluation = world(64, 3)(own.plan)
+        share = wrong * spending.of(own.plan, evaluation).mean
+        return Check(share, share, share, 5, evaluation, ("hot",))
+
+    first = placed(budget, spending)
+    learned = lesson(first.plan, spending, machine, check(first))
+    assert correction([learned]) == pytest.approx(1.2) and learned.account.expected == learned.account.foretold
+    known = spending.corrected(correction([learned]))
+    found = met(placed(budget, known), spending, machine, check, lambda own, again: placed(budget, again, own.dial), [learned])
+    assert len(found.checks) == 2 and found.checks[0] == learned.account and found.warnings == ("hot",)
+    assert found.checks[1].expected == pytest.approx(found.checks[1].measured) == pytest.approx(0.7, rel=0.02)
+    wrong = dataclasses.replace(learned, error=math.log(1.0))
+    twice = met(first, spending, machine, check, lambda own, again: placed(budget, again, own.dial), [wrong])
+    assert [round(each.expected / each.foretold, 6) for each in twice.checks] == [1.0, 1.0, 1.2]
+    assert twice.checks[-1].measured == pytest.approx(0.7, rel=0.02)
+    other = lesson(first.plan, spending, machine, check(first, 1.2 * 1.1**2))
+    assert correction([learned, other]) == pytest.approx(1.2 * 1.1) and correction([]) == 1.0
 
 
 def test_checks_that_scatter_are_averaged_and_come_to_an_end() -> None:

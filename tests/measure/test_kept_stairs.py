@@ -46,6 +46,8 @@ def test_what_was_measured_once_is_not_measured_again(tmp_path: Path) -> None:
         {"device": "cuda"},
         {"batch_size": 8},
         {"decisions": [Decision("merge", 2)]},
+        {"decisions": [Decision("merge", adaptive=True)]},
+        {"runtime": "ONNX Runtime 1.32.0, CPUExecutionProvider"},
         {"ref": dataclasses.replace(REF, name="other")},
     ],
     ids=lambda other: next(iter(other)),

@@ -51,7 +51,7 @@ def bench(
         target: a run folder, a dense model by its name, or a file that :func:`hesper.exporting.export` wrote.
         baseline: likewise; None takes a run's dense model, "none" no baseline.
         batch_sizes: images at a time. Where one lacks memory, larger ones are not tried.
-        data: images to run on; without them those that a run keeps for its report.
+        data: images to run on, or a run that keeps some for its report; without it those of the target.
         weights: a weights file, for a dense model by its name.
         baseline_weights: likewise for the baseline.
         provider: "cpu", "cuda" or "tensorrt": which execution provider of ONNX Runtime runs ``.onnx`` files; None for the device's own.

@@ -75,7 +75,8 @@ class ThisDevice:
             self._write(run, model)
             target, how = run, dict[str, Any]()
             if self.settings.device_runtime == "onnx":
-                target, how = self._exported(run), {"baseline": self._exported(run, dense=True), "data": run}
+                target = _exported(run, run.with_name("run.onnx"))
+                how = {"baseline": _exported(run, run.with_name("dense.onnx"), dense=True), "data": run}
             found = bench(
                 target,
                 **how,
@@ -109,14 +110,6 @@ class ThisDevice:
             save_gallery(folder, _pictures(self.opened, self.timed))
             seal(folder, "check", asked={}, results={})
 
-    def _exported(self, run: Path, dense: bool = False) -> Path:
-        """A run, or its dense model, as it would be used."""
-        file = run.with_name("dense.onnx" if dense else "run.onnx")
-        try:
-            return export(run, out=file, dense=dense).path
-        except JobError as error:
-            raise Interrupted(f"The pruned model cannot be exported ({str(error).rstrip('.')}); use --device-runtime torch.") from error
-
     def _share(self, found: Bench, cell: Cell, batches: int) -> Ratio:
         """What the budget is about, of the target by what the dense model takes."""
         target, dense = cell.series["target"], cell.series["baseline"]
@@ -126,6 +119,15 @@ class ThisDevice:
         if self.settings.budget.kind == "latency":
             return ratio_in_turns(mine, [[_mean(seconds, batches)] for seconds in dense.processes])
         return ratio_in_turns(mine, [[self.machine.stairs.dense]] * len(mine))
+
+
+def _exported(run: Path, file: Path, dense: bool = False) -> Path:
+    """A run, or its dense model, as it would be used."""
+    try:
+        return export(run, out=file, dense=dense).path
+    except JobError as error:
+        what = "dense" if dense else "pruned"
+        raise JobError(f"The {what} model cannot be timed in ONNX Runtime: {error} Or prune with --device-runtime torch.") from error
 
 
 def find_this_device(
@@ -165,11 +167,13 @@ def find_this_device(
     shown = None if progress is None else lambda done, total: progress("Measure this device", done, total)
 
     def measured() -> Stairs:
+        if progress:
+            progress("Measure this device", 0, 0)
         together = torch.cat([batch.images for batch in timed])
         try:
             pictures = together[torch.arange(size, device=together.device) % len(together)]
             return measure_stairs(opened, pictures, _decisions(settings), pieces=pieces, progress=shown)
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:  # every runtime has its own
             if not lacks_memory(error):
                 raise
             raise JobError(f"Batches of {size} images do not fit into this device's memory; use a smaller --device-batch.") from error
@@ -190,12 +194,13 @@ def _decisions(settings: Settings) -> list[Decision]:
     if settings.combine == "drop":
         return [Decision("drop", 1, settings.rank)]
     rounds = (1, 2) if settings.rounds == "auto" else (settings.rounds,)
-    return [Decision("merge", count, settings.rank) for count in rounds]
+    # Drops of counts that adapt are taken to last as long as those that do not: all of them would leave nothing to be timed.
+    return [Decision("merge", count, settings.rank, settings.counts == "adaptive") for count in rounds]
 
 
 def _words(machine: Fingerprint, device: str, runtime: str) -> str:
     names = [machine.fixed.get("board"), machine.fixed.get("cuda") if device == "cuda" else machine.fixed.get("cpu")]
-    return ", ".join(str(name) for name in [*filter(None, names)] or ["a processor of unknown make"] + [runtime] * bool(runtime))
+    return ", ".join([*(str(name) for name in names if name)] or ["a processor of unknown make"]) + (f", {runtime}" if runtime else "")
 
 
 def _mean(seconds: Sequence[float], batches: int) -> float:

@@ -48,7 +48,12 @@ class Sizes(click.ParamType):  # type: ignore[type-arg]  # generic in newer rele
 @click.option(
     "--baseline", metavar="RUN|MODEL|FILE|none", help="What it is compared with, in turns; for a RUN its dense model if nothing is given."
 )
-@click.option("--data", type=file_path(), metavar="DIR", help="Images to run on; without it those a RUN keeps for its report.")
+@click.option(
+    "--data",
+    type=file_path(),
+    metavar="DIR",
+    help="Images to run on, or a run that keeps some; without it those a RUN keeps for its report.",
+)
 @with_weights
 @click.option("--baseline-weights", type=file_path(), metavar="FILE", help="Weights of a --baseline that is a MODEL by its name.")
 @click.option(

@@ -25,6 +25,7 @@ class ExecuTorch:
     suffix = ".pte"
     opset: int | None = None
     any_batch = False
+    fused = False
 
     def write(self, graph: OneGraphViT, example: Tensor, notes: Notes, opset: int | None, path: Path) -> dict[str, Any]:
         """Write the graph, lowered to XNNPACK where that has the operators and to ExecuTorch's own otherwise."""

@@ -31,12 +31,13 @@ class Runner:
 
 
 class Format(Protocol):
-    """One format."""
+    """One format; ``fused`` says that it has torch's own attention, and that one layer makes queries, keys and values there."""
 
     name: str
     suffix: str
     opset: int | None
     any_batch: bool
+    fused: bool
 
     def write(self, graph: OneGraphViT, example: Tensor, notes: Notes, opset: int | None, path: Path) -> dict[str, Any]:
         """Write ``graph`` to ``path``; what is worth recording about the file, in plain values.

@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hesper.errors import JobError, UsageError
+from hesper.errors import UsageError
 from hesper.exporting.formats import Runner
 from hesper.exporting.notes import KEY, Notes
-from hesper.exporting.onnx_session import bound, drawn, need, open_session
+from hesper.exporting.onnx_session import bound, drawn, need, open_session, packed
 from hesper.exporting.tensorrt import refused_by_tensorrt
 from hesper.graft.one_graph import OneGraphViT
 
@@ -29,6 +29,7 @@ class Onnx:
     suffix = ".onnx"
     opset: int = 20
     any_batch = True
+    fused = False
 
     def write(self, graph: OneGraphViT, example: Tensor, notes: Notes, opset: int | None, path: Path) -> dict[str, Any]:
         """Write the graph by torch's dynamo exporter; ``images`` in, ``logits`` out, weights inside."""
@@ -40,12 +41,7 @@ class Onnx:
         model = drawn(graph, (example,), wanted, ["images"], any_batch)
         model.producer_name = KEY
         model.metadata_props.add(key=KEY, value=notes.dumps())
-        try:
-            path.write_bytes(model.SerializeToString())
-        except (ValueError, RuntimeError) as error:
-            raise JobError(
-                "An ONNX file of one piece holds at most 2 GB, and the model is larger; give --precision fp16, or export to torch."
-            ) from error
+        path.write_bytes(packed(model))
         operators = Counter(node.op_type for node in model.graph.node)
         return {
             "opset": next(own.version for own in model.opset_import if not own.domain),

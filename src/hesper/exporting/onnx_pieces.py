@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from hesper.exporting.onnx_format import ONNX
-from hesper.exporting.onnx_session import bound, drawn, need, open_session
+from hesper.exporting.onnx_session import bound, drawn, need, open_session, packed, runtime_of
 from hesper.graft.graph_pieces import GraphPieces
 from hesper.graft.pieces import Decision
 from hesper.plan import ModelRef
 
 __all__ = ["onnx_pieces"]
+
+NAMES = ("images", "tokens")
 
 
 def onnx_pieces(device: str, threads: int) -> Callable[[nn.Module, ModelRef, Decision | None], GraphPieces]:
@@ -23,15 +25,18 @@ def onnx_pieces(device: str, threads: int) -> Callable[[nn.Module, ModelRef, Dec
         UsageError: a package or the provider is missing.
     """
     need("onnx", "onnxscript", "onnxruntime")
+    runtime_of(device)
 
-    def prepare(piece: nn.Module, example: tuple[Tensor, ...], any_count: bool) -> Callable[..., object]:
-        shapes = tuple({1: torch.export.Dim("tokens", min=2, max=1 << 16)} for _ in example) if any_count else None
+    def prepare(piece: nn.Module, example: tuple[Tensor, ...], free: tuple[int, ...]) -> Callable[..., object]:
+        dims = {place: torch.export.Dim(NAMES[place], min=1 if place == 0 else 2, max=1 << 12) for place in free}
+        # Of one image torch would take it that there is never another.
+        drawn_on = tuple(torch.cat([each, each]) if 0 in free and len(each) == 1 else each for each in example)
         names = [f"input_{place}" for place in range(len(example))]
-        # Dynamic shapes go by the argument they belong to, and a piece takes any number of tensors as one.
-        model = drawn(piece, example, ONNX.opset, names, None if shapes is None else (shapes,))
-        return bound(open_session(model.SerializeToString(), device, None, threads).own)
+        # Free dimensions go by the argument they belong to, and a piece takes any number of tensors as one.
+        model = drawn(piece, drawn_on, ONNX.opset, names, (tuple(dims for _ in example),) if dims else None)
+        return bound(open_session(packed(model), device, None, threads).own)
 
     def take_apart(module: nn.Module, ref: ModelRef, decision: Decision | None) -> GraphPieces:
-        return GraphPieces(module, ref, decision, prepare, separate=True)
+        return GraphPieces(module, ref, decision, prepare)
 
     return take_apart

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hesper.errors import JobError, UsageError
 from hesper.exporting.quiet import innermost, quietly
 
-__all__ = ["Session", "bound", "drawn", "need", "open_session", "runtime_of"]
+__all__ = ["Session", "bound", "drawn", "need", "open_session", "packed", "runtime_of"]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
@@ -60,6 +60,16 @@ def drawn(graph: nn.Module, example: tuple[Tensor, ...], opset: int, names: Sequ
     return program.model_proto
 
 
+def packed(model: Any) -> bytes:
+    """An ONNX model as it lies in a file; JobError where it is too large for one."""
+    try:
+        return cast(bytes, model.SerializeToString())
+    except (ValueError, RuntimeError) as error:
+        raise JobError(
+            "An ONNX file of one piece holds at most 2 GB, and the model is larger; give --precision fp16, or export to torch."
+        ) from error
+
+
 def open_session(model: Path | bytes, device: str, provider: str | None, threads: int | None) -> Session:
     """A session on a file, or on what would be in one.
 
@@ -85,7 +95,7 @@ def open_session(model: Path | bytes, device: str, provider: str | None, threads
         what = "the model" if isinstance(model, bytes) else model
         raise UsageError(f"ONNX Runtime {onnxruntime.__version__} cannot open {what}: {innermost(error)}") from error
     if session.get_providers()[0] != wanted:
-        raise UsageError(f"ONNX Runtime did not start {wanted}; what that needs is not installed, so use --provider cpu.")
+        raise UsageError(f"ONNX Runtime did not start {wanted}; what that needs is not installed; install it, or run on the processor.")
     return Session(session, runtime, device != "cpu" and wanted != PROVIDERS["cpu"])
 
 

@@ -107,7 +107,7 @@ def export(
     if place.suffix.lower() != kind.suffix:
         raise UsageError(f"A file of the format {named} ends in {kind.suffix}; name it so, and hesper bench will know it.")
     run, opened, cut = _models(target, weights, dense, dial)
-    graph = _graph(cut, precision)
+    graph = _graph(cut, precision, kind.fused)
     images = _images(run, opened, data)
     notes = _notes(None if dense else run, opened, cut, images, precision)
     if not (graph.fixed and kind.any_batch):
@@ -189,11 +189,11 @@ def _kept(cut: GraftedViT, images: Images) -> float:
         return float(cut.run(next(iter(images()))).macs.mean()) / cut.dense_macs
 
 
-def _graph(cut: GraftedViT, precision: Precision) -> OneGraphViT:
+def _graph(cut: GraftedViT, precision: Precision, fused: bool) -> OneGraphViT:
     """A copy of the model as it is exported."""
-    graph = OneGraphViT(copy.deepcopy(cut))
+    graph = OneGraphViT(copy.deepcopy(cut), fused=fused)
     fix_image_size(graph.cut.network)
-    for block in graph.cut.host.blocks:
+    for block in () if fused else graph.cut.host.blocks:
         block.separate()
     if precision == "fp16":
         graph.cut.network.half()

@@ -25,6 +25,7 @@ class Archive:
     suffix = ".pt2"
     opset: int | None = None
     any_batch = True
+    fused = True
 
     def write(self, graph: OneGraphViT, example: Tensor, notes: Notes, opset: int | None, path: Path) -> dict[str, Any]:
         """Write the graph that ``torch.export`` draws."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hesper.graft.apply import graft
+from hesper.graft.model import GraftedViT
 from hesper.graft.one_graph import OneGraphViT, Tokens
 from hesper.graft.pieces import Decision, Pieces
-from hesper.hosts.base import HostBlock
 from hesper.plan import ModelRef, TokenCut, empty_plan
 
 __all__ = ["GraphPieces", "Prepare", "Rectangle"]
@@ -23,8 +23,8 @@ __all__ = ["GraphPieces", "Prepare", "Rectangle"]
 class Prepare(Protocol):
     """How a runtime makes a piece ready to run: a function of the same tensors, as ``example`` are."""
 
-    def __call__(self, piece: nn.Module, example: tuple[Tensor, ...], any_count: bool) -> Callable[..., object]:
-        """With ``any_count`` the second dimension of every tensor, of tokens, may be another from call to call."""
+    def __call__(self, piece: nn.Module, example: tuple[Tensor, ...], free: tuple[int, ...]) -> Callable[..., object]:
+        """The ``free`` dimensions of every tensor may be others from call to call: 0 are images, 1 are tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,27 +41,22 @@ class Rectangle:
 
 
 class GraphPieces:
-    """As :class:`~hesper.graft.pieces.Pieces`, each piece made ready by ``prepare`` when it first runs.
+    """As :class:`~hesper.graft.pieces.Pieces`, as exported graphs have them, each made ready by ``prepare`` when it first runs."""
 
-    ``separate`` gives queries, keys and values a layer each, as exported graphs have it.
-    """
+    fewest = 2  # tokens, which no graph tells from any number where it was drawn for one
 
-    def __init__(self, module: nn.Module, ref: ModelRef, decision: Decision | None, prepare: Prepare, separate: bool) -> None:
-        self.decision, self.prepare, self.separate = decision, prepare, separate
+    def __init__(self, module: nn.Module, ref: ModelRef, decision: Decision | None, prepare: Prepare) -> None:
+        self.decision, self.prepare = decision, prepare
         self._host, self._ref = module, ref
         self._whole = Pieces(module, ref, decision)
         self.skip_unread, self.depth, self.block = self._whole.skip_unread, self._whole.depth, self._whole.block
+        # As in files: where counts adapt, one image.
+        self._images = () if decision is not None and decision.adaptive else (0,)
         self._ready: dict[object, Callable[..., object]] = {}
 
     @cached_property
     def _graph(self) -> OneGraphViT:
-        cut = copy.deepcopy(self._whole.model)
-        self._apart(cut.host.blocks)
-        return OneGraphViT(cut, fused=not self.separate)
-
-    def _apart(self, blocks: Sequence[HostBlock]) -> None:
-        for block in blocks if self.separate else ():
-            block.separate()
+        return OneGraphViT(_separated(copy.deepcopy(self._whole.model)))
 
     def stream(self, images: int, tokens: int, device: torch.device) -> Rectangle:
         """Noise of so many tokens an image, merged ones among them unless all are there."""
@@ -74,19 +69,17 @@ class GraphPieces:
 
     def begin(self, images: Tensor) -> None:
         """Images to the tokens that enter the first block."""
-        self._run("begin", (images,), False, lambda: _Piece(self._graph, lambda graph, images: graph.begin(images).rows))
+        self._run("begin", (images,), self._images, lambda: _Piece(self._graph, lambda graph, images: graph.begin(images).rows))
 
     def dense(self, images: Tensor) -> None:
         """Images to logits through the model before anything is cut."""
-        self._run("dense", (images,), False, self._dense)
 
-    def _dense(self) -> nn.Module:
-        if not self.separate:
-            return self._host
-        blank = replace(empty_plan(self._ref.name, self._ref.anatomy), model=self._ref)
-        cut = graft(self._host, blank, check_weights=False)
-        self._apart(cut.host.blocks)
-        return OneGraphViT(cut)
+        def whole() -> nn.Module:
+            blank = replace(empty_plan(self._ref.name, self._ref.anatomy), model=self._ref)
+            graph = OneGraphViT(_separated(graft(self._host, blank, check_weights=False)))
+            return _Piece(graph, lambda graph, images: graph(images))
+
+        self._run("dense", (images,), (0,), whole)
 
     def through(self, stream: Rectangle) -> None:
         """Both halves of every block but one that computes the prefix alone, nothing leaving."""
@@ -111,19 +104,18 @@ class GraphPieces:
 
         self._at_any_count("feeds", Rectangle(stream.rows, None), lambda: _Piece(self._graph, run))
 
-    def decide(self, stream: Rectangle, remove: int | None) -> None:
-        """One block in the middle, with a decision that lets ``remove`` patches of each image go, or without any."""
-        block = self.block
+    def decide(self, stream: Rectangle, lets_go: bool) -> None:
+        """One block in the middle, with a decision that lets some patches of each image go, or without any."""
+        block, count = self.block, stream.rows.shape[1]
 
         def run(graph: OneGraphViT, rows: Tensor, size: Tensor | None = None) -> Tensor:
             return graph.through(block, _tokens(graph, rows, size)).rows
 
-        if remove is None or self.decision is None:
+        if not lets_go or self.decision is None:
             self._at_any_count("undecided", stream, lambda: _Piece(self._graph, run))
             return
-        cut = TokenCut(block, self.decision.combine, remove=remove)
-        key = ("decide", stream.rows.shape[1], remove)
-        self._run(key, stream.tensors, False, lambda: _Piece(_deciding(self._graph, cut), run))
+        cut = self.decision.cut(block, count - self._ref.anatomy.prefix_tokens)
+        self._run(("decide", count), stream.tensors, self._images, lambda: _Piece(_deciding(self._graph, cut), run))
 
     def finish(self, stream: Rectangle) -> None:
         """Tokens to logits, through the last block where it computes the prefix alone."""
@@ -132,7 +124,7 @@ class GraphPieces:
     def with_heads(self, heads: int) -> Callable[[Rectangle], None]:
         """As :meth:`through`, of blocks with only so many of their heads."""
         gone = range(self._ref.anatomy.heads - heads)
-        other = GraphPieces(self._host, self._ref, self.decision, self.prepare, self.separate)
+        other = GraphPieces(self._host, self._ref, self.decision, self.prepare)
         for block in other._whole.model.host.blocks:
             block.remove_heads(gone)
         return other.through
@@ -140,12 +132,27 @@ class GraphPieces:
     def _at_any_count(self, name: str, stream: Rectangle, piece: Callable[[], nn.Module]) -> None:
         # With all tokens there nothing has merged, and a graph without sizes is another graph.
         every = stream.rows.shape[1] == self._ref.anatomy.tokens
-        self._run((name, every, stream.size is None), stream.tensors, not every, piece)
+        free = self._images if every else (*self._images, 1)
+        self._run((name, every, stream.size is None), stream.tensors, free, piece)
 
-    def _run(self, key: object, tensors: tuple[Tensor, ...], any_count: bool, piece: Callable[[], nn.Module]) -> None:
+    def _run(self, key: object, tensors: tuple[Tensor, ...], free: tuple[int, ...], piece: Callable[[], nn.Module]) -> None:
         if key not in self._ready:
-            self._ready[key] = self.prepare(piece(), tensors, any_count)
+            self._turn()
+            self._ready[key] = self.prepare(piece(), tensors, free)
         self._ready[key](*tensors)
+
+    def _turn(self) -> None:
+        """Embed once, so that blocks that rotate by place know how; whatever drew a piece before may have left them without."""
+        anatomy, host = self._ref.anatomy, self._graph.cut.host
+        if host.reads_places:
+            like = next(host.module.parameters())
+            host.embed(like.new_zeros(1, anatomy.channels, *anatomy.image_size))
+
+
+def _separated(cut: GraftedViT) -> GraftedViT:
+    for block in cut.host.blocks:
+        block.separate()
+    return cut
 
 
 class _Piece(nn.Module):
@@ -176,4 +183,4 @@ def _deciding(graph: OneGraphViT, cut: TokenCut) -> OneGraphViT:
     decider: Any = copy.deepcopy(cuts.deciders[str(cut.block)])
     decider.cut = cut
     cuts._modules = {**cuts._modules, "deciders": nn.ModuleDict({str(cut.block): decider})}
-    return OneGraphViT(cuts, fused=graph._fused)
+    return OneGraphViT(cuts)

@@ -16,19 +16,40 @@ from hesper.graft.stream import Stream
 from hesper.hosts.base import HostBlock
 from hesper.plan import Combine, ModelRef, Pricing, TokenCut, empty_plan
 
-__all__ = ["SHARE", "Decision", "Pieces"]
+__all__ = ["Decision", "Pieces"]
 
-SHARE = 6
-"""One in so many patches leaves where a decision is timed."""
+SHARE = 6  # one in so many patches leaves where a decision of a fixed count is timed
+EVERYTHING = 1e30  # nats, below which every pair is
 
 
 @dataclass(frozen=True)
 class Decision:
-    """How tokens are decided on: whether they merge, in how many rounds of matching, and of which rank the metric is."""
+    """How tokens are decided on: whether they merge, in how many rounds of matching, the rank of the metric, and whether counts adapt."""
 
     combine: Combine
     rounds: int = 1
     rank: int = 24
+    adaptive: bool = False
+
+    def leave(self, patches: int) -> int:
+        """How many of so many patches leave where the decision is timed: a few, or all that can where they do not share one count.
+
+        Example:
+            >>> Decision("merge", 2).leave(12), Decision("merge", 2, adaptive=True).leave(12)
+            (2, 9)
+        """
+        if not self.adaptive:
+            return patches // SHARE
+        left = patches
+        for _ in range(self.rounds):
+            left -= left // 2
+        return patches - left
+
+    def cut(self, block: int, patches: int) -> TokenCut:
+        """That lets so many leave."""
+        if self.adaptive:
+            return TokenCut(block, self.combine, threshold=EVERYTHING)
+        return TokenCut(block, self.combine, remove=self.leave(patches))
 
 
 class Pieces:
@@ -36,6 +57,8 @@ class Pieces:
 
     ``decision`` says how tokens leave; None where they never do and only heads go. Everything runs in inference mode.
     """
+
+    fewest = 1  # tokens that a stream may have
 
     def __init__(self, module: nn.Module, ref: ModelRef, decision: Decision | None) -> None:
         anatomy = ref.anatomy
@@ -92,12 +115,13 @@ class Pieces:
         for block in self.model.host.blocks[: self.depth]:
             stream.feed(block.feed)
 
-    def decide(self, stream: Stream, remove: int | None) -> None:
-        """One block in the middle, with a decision that lets ``remove`` patches of each image go, or without any."""
+    def decide(self, stream: Stream, lets_go: bool) -> None:
+        """One block in the middle, with a decision that lets some patches of each image go, or without any."""
         block = self.model.host.blocks[self.block]
-        if remove is not None and self.decision is not None:
-            cast(Any, self.model.deciders[str(self.block)]).cut = TokenCut(self.block, self.decision.combine, remove=remove)
-        self.model._through(self.block, block, stream, Book(), decide=remove is not None)
+        if lets_go and self.decision is not None:
+            cut = self.decision.cut(self.block, stream.layout.counts[0] - self.anatomy.prefix_tokens)
+            cast(Any, self.model.deciders[str(self.block)]).cut = cut
+        self.model._through(self.block, block, stream, Book(), decide=lets_go)
 
     def finish(self, stream: Stream) -> Tensor:
         """The stream to logits, through the last block where it computes the prefix alone."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -12,9 +12,9 @@ from hesper.heart.budget import Chosen
 from hesper.heart.spending import Spending
 from hesper.measure.evaluate import Evaluation
 from hesper.measure.stairs import Stairs
-from hesper.plan import OnDevice
+from hesper.plan import OnDevice, Plan
 
-__all__ = ["Check", "Device", "Machine", "Met", "met"]
+__all__ = ["Check", "Device", "Lesson", "Machine", "Met", "correction", "lesson", "met"]
 
 CHECKS = 4
 NEAR = 0.015  # of the limit: as far as what is expected of a plan may lie from it
@@ -70,51 +70,76 @@ class Device(Protocol):
         """
 
 
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """What running a plan on the device taught of its staircase.
+
+    ``error`` is the logarithm of what was measured by what was foretold, ``account`` says both, and ``warnings`` what makes it doubtful.
+    """
+
+    error: float
+    account: OnDevice
+    warnings: tuple[str, ...] = ()
+
+
+def lesson(plan: Plan, spending: Spending, machine: Machine, checked: Check, learned: Sequence[Lesson] = ()) -> Lesson:
+    """From a check of a plan, after what was ``learned`` before; ``spending`` has no correction."""
+    foretold = spending.of(plan, checked.evaluation).mean
+    account = _account(spending, machine, checked, foretold, foretold * correction(learned))
+    return Lesson(math.log(checked.share / foretold), account, checked.warnings)
+
+
+def correction(lessons: Sequence[Lesson]) -> float:
+    """By what to multiply what a staircase foretells: the geometric mean of all lessons, 1 where there are none."""
+    return math.exp(math.fsum(each.error for each in lessons) / len(lessons)) if lessons else 1.0
+
+
 def met(
     chosen: Chosen,
     spending: Spending,
     machine: Machine,
     check: Callable[[Chosen], Check],
     again: Callable[[Chosen, Spending], Chosen],
+    learned: Sequence[Lesson] = (),
 ) -> Met:
     """The plan placed where the device takes what the budget allows.
 
     The staircase does not know everything: how ragged batches lie, what caches hold between pieces. A check says by how much it is wrong
     for such plans, and the geometric mean over all checks so far corrects it, until what is expected of the plan lies within
-    :data:`NEAR` of the limit or a check teaches nothing new, :data:`CHECKS` times at most.
+    :data:`NEAR` of the limit or a check teaches nothing new, :data:`CHECKS` times at most. What another plan taught before counts until
+    then: its sets of blocks may be foretold otherwise.
 
     Args:
-        chosen: a plan placed by what ``spending`` foretells without a correction.
-        spending: what the budget limits.
+        chosen: a plan placed by what ``spending`` foretells, corrected by what was ``learned``.
+        spending: what the budget limits, without a correction.
         machine: what the budget is about.
         check: runs a plan on it.
         again: places the plan's family again under another spending.
+        learned: of plans that were run before.
 
     Raises:
         JobError: nothing of the family keeps the budget once it is corrected.
     """
-    errors, found, warnings = list[float](), list[OnDevice](), list[str]()
-    corrected = spending
+    lessons = list[Lesson]()
+    corrected = spending.corrected(correction(learned))
     while True:
-        checked = check(chosen)
-        foretold = spending.of(chosen.plan, checked.evaluation).mean
-        expected = corrected.of(chosen.plan, checked.evaluation).mean
-        errors.append(math.log(checked.share / foretold))
-        found.append(_account(spending, machine, checked, foretold, expected))
-        warnings += [warning for warning in checked.warnings if warning not in warnings]
-        before, corrected = corrected, spending.corrected(math.exp(math.fsum(errors) / len(errors)))
+        lessons.append(lesson(chosen.plan, spending, machine, check(chosen), lessons or learned))
+        before, corrected = corrected, spending.corrected(correction(lessons))
         off = corrected.of(chosen.plan, chosen.evaluation).mean / spending.limit - 1
         # Where counts fall in steps, or few images prove the plan, it lies further below the limit, and placing it again changes nothing.
         taught_nothing = abs(corrected.correction / before.correction - 1) <= NEAR
-        if abs(off) <= NEAR or taught_nothing or len(found) == CHECKS:
+        if abs(off) <= NEAR or taught_nothing or len(lessons) == CHECKS:
             break
         last, chosen = chosen, again(chosen, corrected)
         if _cuts(last) == _cuts(chosen):
             break
+    every = (*learned, *lessons)
+    warnings = list(dict.fromkeys(warning for each in every for warning in each.warnings))
     if off > NEAR:
         warnings.append(f"the plan is expected to take {100 * off:.0f} % more than was asked for; ask for less")
+    found = tuple(each.account for each in every)
     statement = _statement(found[-1], f"Above the budget of {spending.budget.value:g}: takes" if off > NEAR else "Takes")
-    return Met(replace(chosen, measured=replace(chosen.measured, statement=statement)), tuple(found), tuple(warnings))
+    return Met(replace(chosen, measured=replace(chosen.measured, statement=statement)), found, tuple(warnings))
 
 
 def _cuts(chosen: Chosen) -> object:

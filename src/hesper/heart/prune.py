@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -16,11 +16,11 @@ from hesper.errors import OutOfReach, UsageError
 from hesper.graft import GraftedViT, graft
 from hesper.heart.budget import Chosen, Improvement, check_sample, choose
 from hesper.heart.calibrate import Calibration, calibration, landed
-from hesper.heart.device import Check, Device, Machine, Met, met
+from hesper.heart.device import Check, Device, Lesson, Machine, Met, correction, lesson, met
 from hesper.heart.family import RARE, SPARSE, STAGES, Family, Heads, Stages, deciding_blocks, steps_of
 from hesper.heart.fit import Atlas, FitSums, SurveySums, Tables
 from hesper.heart.passes import Passes, Report, StoredLogits
-from hesper.heart.placement import Trial
+from hesper.heart.placement import Trial, place
 from hesper.heart.price import plan_price
 from hesper.heart.refit import RefitSums
 from hesper.heart.settings import Settings
@@ -31,7 +31,7 @@ from hesper.parallel import Alone, Team, jointly
 from hesper.plan import Estimate, OnDevice, Plan, Pricing, Provenance, on_device
 from hesper.runs import utc_now
 from hesper.version import __version__
-from hesper.work import KeptNowhere, Work
+from hesper.work import Kept, KeptNowhere, Work
 
 FIT_SHARE = 0.5
 MOST_FIT_IMAGES = 512
@@ -139,11 +139,13 @@ class _Job:
         started = self._clock("survey", started)
         tables = self._fit() if settings.tokens or settings.heads == "adaptive" else Tables({}, ())
         started = self._clock("fit", started)
+        learned = [] if self.machine is None else self._rehearse(tables, atlas, self.machine)
+        started = self._clock("rehearsal", started)
         chosen = self._search(tables, atlas)
         started = self._clock("search", started)
         checks, warnings = (), ()  # type: tuple[OnDevice, ...], tuple[str, ...]
         if self.machine is not None:
-            found = self._meet(chosen, lambda: self._search(tables, atlas))
+            found = self._meet(chosen, self.machine, learned, lambda: self._search(tables, atlas))
             chosen, checks, warnings = found.chosen, found.checks, found.warnings
             started = self._clock("check", started)
         tables = chosen.family.tables
@@ -187,14 +189,41 @@ class _Job:
         self.machine = self.team.first(None if self.device is None else self.device.machine)
         self.spending = spending_of(self.settings.budget, None if self.machine is None else self.machine.stairs)
 
-    def _meet(self, chosen: Chosen, search: Callable[[], Chosen]) -> Met:
+    def _rehearse(self, tables: Tables, atlas: Atlas, machine: Machine) -> list[Lesson]:
+        """What a usual plan of about the budget teaches of the staircase, before sets of blocks are compared by what that foretells."""
+        work = self.passes.work
+        kept = self.team.first(work.load("rehearsal"))
+        if kept is not None:
+            learned = [Lesson(kept.notes["error"], OnDevice(**kept.notes["account"]), tuple(kept.notes["warnings"]))]
+        else:
+            learned = self._rehearsed(tables, atlas, machine)
+            for each in learned:
+                notes = {"error": each.error, "account": asdict(each.account), "warnings": list(each.warnings)}
+                work.save("rehearsal", Kept({}, notes))
+        self.spending = self.spending.corrected(correction(learned))
+        return learned
+
+    def _rehearsed(self, tables: Tables, atlas: Atlas, machine: Machine) -> list[Lesson]:
+        settings = self.settings
+        families = self._families(tables, atlas, self._multiple() if settings.multiple == "auto" else settings.multiple)
+        for family in sorted(families, key=lambda each: not each.name.startswith(SPARSE)):
+            try:
+                (placed,) = place([family], settings.budget, self.spending, self._trial("tune"))
+            except OutOfReach:
+                continue
+            plan = family.at(placed.dial)
+            return [lesson(plan, self.spending, machine, self._check(plan, family.tables))]
+        return []  # the search says what can be had
+
+    def _check(self, plan: Plan, tables: Tables) -> Check:
+        """The device is asked by the first process of a team, and all hear what it takes."""
+        self.passes.report("Check on the device", 0, 0)
+        model = graft(self.model.host.module, plan, tables.tensors, check_weights=False)
+        return self.team.first(jointly(self.team, lambda: None if self.device is None else self.device.check(model)))  # type: ignore[return-value]
+
+    def _meet(self, chosen: Chosen, machine: Machine, learned: Sequence[Lesson], search: Callable[[], Chosen]) -> Met:
         """The plan placed where the device takes what the budget allows; where its family cannot be, all are searched once more."""
         tune, prove = self._trial("tune"), self._trial("verify")
-
-        def check(chosen: Chosen) -> Check:
-            self.passes.report("Check on the device", 0, 0)
-            model = graft(self.model.host.module, chosen.plan, chosen.family.tables.tensors, check_weights=False)
-            return self.team.first(jointly(self.team, lambda: None if self.device is None else self.device.check(model)))  # type: ignore[return-value]
 
         def again(before: Chosen, spending: Spending) -> Chosen:
             self.spending = spending
@@ -204,8 +233,8 @@ class _Job:
                 return search()
             return replace(after, attempts=before.attempts, contenders=before.contenders)
 
-        assert self.machine is not None
-        return met(chosen, self.spending, self.machine, check, again)
+        foretold = self.spending.corrected(1.0)
+        return met(chosen, foretold, machine, lambda own: self._check(own.plan, own.family.tables), again, learned)
 
     def _multiple(self) -> int:
         """Of what counts that adapt are multiples."""

@@ -11,7 +11,7 @@ from hesper.heart.family import Counts, Heads, Stages
 from hesper.kinds import check_kinds
 from hesper.plan import Budget, Combine, Schedule, check_budget, on_device
 
-__all__ = ["Runtime", "Settings"]
+__all__ = ["Settings"]
 
 Runtime = Literal["torch", "onnx"]
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hesper.errors import UsageError
-from hesper.graft.pieces import SHARE, Decision, Pieces
+from hesper.graft.pieces import Decision, Pieces
 from hesper.hosts.open import OpenModel
 from hesper.measure.latency import settle
 from hesper.plan import ModelRef, Plan
@@ -32,7 +32,6 @@ LEAST_WARMUP = 1.0  # seconds
 LARGEST_MULTIPLE, FEWEST_STEPS = 32, 6
 ALIKE = 0.01  # share of a block's time that does not count as a step
 SIGMAS = 2.0  # by which edges stand out from the counts between them
-NEARLY = 0.8  # of the best, that is as good
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,10 @@ class Stairs:
     def multiple(self, usual: int) -> int:
         """Of what the counts of images that differ should be multiples: where the edges of the stairs are.
 
-        A count on an edge takes less than the counts on both sides of it would let one expect. Of the powers of two whose multiples
-        do, by a hundredth at least and beyond noise, the smallest that does nearly as well as any; 1 where there are no stairs, ``usual``
-        where counts were measured too far apart to see them. In batches of several images no less than ``usual``: images of equal counts
-        run together.
+        A count on an edge takes less than the counts on both sides of it would let one expect. From one power of two to the next, the
+        multiples of a larger one are taken where they lie lower by another hundredth, beyond noise: coarse steps leave images less
+        choice. 1 where there are no stairs, ``usual`` where counts were measured too far apart to see them. In batches of several images
+        no less than ``usual``: images of equal counts run together.
 
         Example:
             >>> flat = (0.0,) * 128
@@ -107,10 +106,10 @@ class Stairs:
         gains = {
             power: gain for power, least in sure.items() if edges[power].any() and (gain := float(beside[edges[power]].mean())) > least
         }
-        best = max(gains.values(), default=0.0)
-        found = 1 if len(between) > counts[-1] // 3 else usual
-        if best >= ALIKE:
-            found = min(power for power, gain in gains.items() if gain >= NEARLY * best)
+        found, reached = 1 if len(between) > counts[-1] // 3 else usual, 0.0
+        for power, gain in sorted(gains.items()):
+            if gain >= reached + ALIKE:
+                found, reached = power, gain
         return found if self.batch_size == 1 else max(found, usual)
 
     def landing(self, count: int) -> int:
@@ -154,6 +153,7 @@ class Parts(Protocol):
 
     decision: Decision | None
     skip_unread: bool
+    fewest: int  # tokens that a stream may have
 
     @property
     def depth(self) -> int:
@@ -177,8 +177,8 @@ class Parts(Protocol):
     def feed(self, stream: Any) -> object:
         """The feed-forward halves of the same blocks."""
 
-    def decide(self, stream: Any, remove: int | None) -> object:
-        """One block in the middle, with a decision that lets ``remove`` patches of each image go, or without any."""
+    def decide(self, stream: Any, lets_go: bool) -> object:
+        """One block in the middle, with a decision that lets some patches of each image go, or without any."""
 
     def finish(self, stream: Any) -> object:
         """The stream to logits."""
@@ -217,7 +217,7 @@ def measure_stairs(
     Raises:
         UsageError: decisions differ in more than rounds.
     """
-    if len({(each.combine, each.rank) for each in decisions}) > 1:
+    if len({(each.combine, each.rank, each.adaptive) for each in decisions}) > 1:
         raise UsageError("Stairs are of one way of letting tokens go; measure others on their own.")
     variants = [pieces(model.host.module, model.ref, each) for each in decisions or (None,)]
     with torch.inference_mode():
@@ -267,7 +267,7 @@ class _Walk:
         for also_deciding in (True, False):  # the first time is not like the others
             started = self.clock()
             self._time_count(self.full, also_deciding)
-        whole, least = self.clock() - started, self.prefix + 1
+        whole, least = self.clock() - started, max(self.pieces.fewest, self.prefix + 1)
         self.taken.clear()
         rounds, step = FEWER_ROUNDS if whole > LONG else ROUNDS, 1
         if self.pieces.decision is None:  # no token ever leaves
@@ -286,17 +286,17 @@ class _Walk:
         self._timed("dense", self.full, lambda _: self.pieces.dense(self.images))
         for heads, through in self.with_heads.items() if count == self.full else ():
             self._timed("heads", heads, through, self.full)
-        if not (gone := self._leaving(count)) or self.pieces.decision is None:
+        if not self._leaving(self.pieces, count):
             return
         jobs = {
-            f"decided in {each.decision.rounds}": partial(each.decide, remove=gone) for each in self.variants if each.decision is not None
+            f"decided in {each.decision.rounds}": partial(each.decide, lets_go=True) for each in self.variants if each.decision is not None
         }
-        for name, job in {**jobs, "undecided": partial(self.pieces.decide, remove=None)}.items():
+        for name, job in {**jobs, "undecided": partial(self.pieces.decide, lets_go=False)}.items():
             job(self._stream(count))  # a decision is many small steps, and their code is at hand in a whole run
             self._timed(name, count, job)
 
-    def _leaving(self, count: int) -> int:
-        return (count - self.prefix) // SHARE
+    def _leaving(self, pieces: Parts, count: int) -> int:
+        return 0 if pieces.decision is None else pieces.decision.leave(count - self.prefix)
 
     def _timed(self, name: str, key: int, job: Callable[[Any], object], count: int | None = None) -> None:
         stream = self._stream(key if count is None else count)
@@ -323,7 +323,7 @@ class _Walk:
                 continue
             seconds = []
             for count in counts:
-                if not (gone := self._leaving(count)):
+                if not (gone := self._leaving(pieces, count)):
                     seconds.append(0.0)
                     continue
                 saved = feeds[count] - float(np.interp(count - gone, list(feeds), list(feeds.values())))
