@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from families import FAMILIES, family, shots
 from hesper.errors import UsageError
 from hesper.graft import GraftedViT, graft
-from hesper.graft.one_graph import OneGraphViT, compiled
+from hesper.graft.one_graph import OneGraphViT, compiled, separated
 from hesper.hosts import open_host
 from hesper.plan import HeadCut, HeadGate, TokenCut
 from vits import KINDS, READERS, REMOVABLE, cuts_of, gate_tables, learned_tables, pictures, plan_for, tables, vit
@@ -84,9 +84,20 @@ def test_a_layer_each_for_queries_keys_and_values_gives_the_same_logits(kind: st
     cut = cut_of(model, "kl", "merge", True, skip=skip and not open_host(model).anatomy.reads_patches, remove=3)
     with torch.no_grad():
         expected = cut(images)
-        for block in cut.host.blocks:
-            block.separate()
-        torch.testing.assert_close(OneGraphViT(cut)(images), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(OneGraphViT(separated(cut))(images), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("criterion", "combine"), DECIDERS)
+def test_keys_have_a_bias_only_where_they_are_read(criterion: str, combine: str) -> None:
+    double, (how, *_) = torch.float64, combine.split()
+    cut, images = cut_of(vit("plain", double), criterion, how, remove=3), pictures(3, double)
+    reads = {int(block) for block, decider in cut.deciders.items() if decider.reads_keys}  # type: ignore[attr-defined]
+    with torch.no_grad():
+        expected = cut(images)
+        torch.testing.assert_close(OneGraphViT(separated(cut))(images), expected, rtol=1e-9, atol=1e-9)
+    layers = [block.attention for block in cut.host.blocks]
+    assert {index for index, attn in enumerate(layers) if attn.k_proj.bias is not None} == reads
+    assert all(attn.v_proj.bias is None and attn.q_proj.bias is not None for attn in layers)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -197,8 +208,9 @@ def test_a_network_in_halves_lets_tokens_go_in_single_precision(kind: str, crite
 def test_a_graph_holds_nothing_that_lies_on_the_host() -> None:
     """Every head a power of its own, some heads gone: no constant among the graph's tensors but what the model holds."""
     cut = cut_of(vit("plain"), "kl", "merge", learned=True, heads=[HeadCut(1, (0,))], remove=4)
-    graph = torch.export.export(OneGraphViT(cut, fused=True), (pictures(2),))
-    assert set(graph.constants) <= {"cut.order"}  # a buffer
+    model = OneGraphViT(cut, fused=True)
+    graph = torch.export.export(model, (pictures(2),))
+    assert set(graph.constants) <= {name for name, _ in model.named_buffers()}
     assert not [node for node in graph.graph.nodes if "lift_fresh" in str(node.target)]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hesper.errors import UsageError
 from hesper.graft import graft
 from hesper.graft.graph_pieces import GraphPieces
-from hesper.graft.one_graph import OneGraphViT
+from hesper.graft.one_graph import OneGraphViT, separated
 from hesper.graft.pieces import Decision
 from hesper.hosts.open import OpenModel, wrap
 from hesper.measure.stairs import Stairs, measure_stairs
@@ -194,10 +194,8 @@ def test_of_a_graph_in_pieces_it_foretells_what_the_whole_graph_does(model: Open
     plan = plan_of(model, cuts)
     cut = graft(model.host.module, plan, tables(model, plan), check_weights=False)
     outcome = cut.run(torch.randn(2, 3, 160, 160))
-    for block in cut.host.blocks:
-        block.separate()
     with Work() as work, torch.inference_mode():
-        OneGraphViT(cut)(torch.randn(2, 3, 160, 160))
+        OneGraphViT(separated(cut))(torch.randn(2, 3, 160, 160))
     foretold = stairs.seconds(plan, outcome.traffic.fed, outcome.traffic.heads)
     assert foretold == pytest.approx(np.full(2, work.done))
     plain = measured(model, 2)

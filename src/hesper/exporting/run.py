@@ -22,7 +22,7 @@ from hesper.exporting.formats import FORMATS, SUFFIXES
 from hesper.exporting.notes import Notes, Precision
 from hesper.exporting.parity import Parity, compare_logits
 from hesper.graft import GraftedViT, graft
-from hesper.graft.one_graph import OneGraphViT
+from hesper.graft.one_graph import OneGraphViT, separated
 from hesper.heart.gallery import load_gallery
 from hesper.hosts import fix_image_size
 from hesper.hosts.open import HF, OpenModel, open_model
@@ -191,10 +191,9 @@ def _kept(cut: GraftedViT, images: Images) -> float:
 
 def _graph(cut: GraftedViT, precision: Precision, fused: bool) -> OneGraphViT:
     """A copy of the model as it is exported."""
-    graph = OneGraphViT(copy.deepcopy(cut), fused=fused)
+    own = copy.deepcopy(cut)
+    graph = OneGraphViT(own if fused else separated(own), fused=fused)
     fix_image_size(graph.cut.network)
-    for block in () if fused else graph.cut.host.blocks:
-        block.separate()
     if precision == "fp16":
         graph.cut.network.half()
     return graph

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hesper.graft.apply import graft
-from hesper.graft.model import GraftedViT
-from hesper.graft.one_graph import OneGraphViT, Tokens
+from hesper.graft.one_graph import OneGraphViT, Tokens, separated
 from hesper.graft.pieces import Decision, Pieces
 from hesper.plan import ModelRef, TokenCut, empty_plan
 
@@ -56,7 +55,7 @@ class GraphPieces:
 
     @cached_property
     def _graph(self) -> OneGraphViT:
-        return OneGraphViT(_separated(copy.deepcopy(self._whole.model)))
+        return OneGraphViT(separated(copy.deepcopy(self._whole.model)))
 
     def stream(self, images: int, tokens: int, device: torch.device) -> Rectangle:
         """Noise of so many tokens an image, merged ones among them unless all are there."""
@@ -76,7 +75,7 @@ class GraphPieces:
 
         def whole() -> nn.Module:
             blank = replace(empty_plan(self._ref.name, self._ref.anatomy), model=self._ref)
-            graph = OneGraphViT(_separated(graft(self._host, blank, check_weights=False)))
+            graph = OneGraphViT(separated(graft(self._host, blank, check_weights=False)))
             return _Piece(graph, lambda graph, images: graph(images))
 
         self._run("dense", (images,), (0,), whole)
@@ -147,12 +146,6 @@ class GraphPieces:
         if host.reads_places:
             like = next(host.module.parameters())
             host.embed(like.new_zeros(1, anatomy.channels, *anatomy.image_size))
-
-
-def _separated(cut: GraftedViT) -> GraftedViT:
-    for block in cut.host.blocks:
-        block.separate()
-    return cut
 
 
 class _Piece(nn.Module):

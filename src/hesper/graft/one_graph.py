@@ -21,15 +21,26 @@ from hesper.graft.deciders import (
     ScoredCut,
 )
 from hesper.graft.linkage import share
-from hesper.graft.matching import ascending, dearest_first, join, pick, ranks, ward_prices_lean
+from hesper.graft.matching import (
+    WardPrices,
+    and_one,
+    ascending,
+    dearest_first,
+    fates,
+    gathering,
+    likeness_prices,
+    pick,
+    ranks,
+    stayers,
+)
 from hesper.graft.ragged import HALVES
 from hesper.graft.restoration import Restoration
-from hesper.graft.tokens import INFINITY, similarity_prices
+from hesper.graft.tokens import INFINITY
 from hesper.hosts.base import HostBlock, Projected
 from hesper.plan import TokenCut
 from hesper.precision import wide
 
-__all__ = ["COMPILE_MODES", "OneGraphViT", "Tokens", "check_one_graph", "compile_mode", "compiled"]
+__all__ = ["COMPILE_MODES", "OneGraphViT", "Tokens", "check_one_graph", "compile_mode", "compiled", "separated"]
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
@@ -41,6 +52,23 @@ class Tokens:
     rows: Tensor
     size: Tensor | None = None
     place: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """``fate`` ``[images, n]`` says at which place of the ``left`` what stands for a token is, ``place`` where those that stay began."""
+
+    fate: Tensor
+    left: int
+    place: Tensor | None
+
+    def gathering(self, dtype: torch.dtype) -> Tensor:
+        """``[images, left, n]``."""
+        return gathering(self.fate, self.left).to(dtype)
+
+    def then(self, later: Merge) -> Merge:
+        """Both merges as one, where ``later`` was decided on what this one leaves."""
+        return Merge(later.fate.gather(1, self.fate.to(torch.int64)), later.left, later.place)
 
 
 def check_one_graph(cut: GraftedViT) -> None:
@@ -90,6 +118,8 @@ class OneGraphViT(nn.Module):
         deciders = dict(cut.deciders.items())
         self._deciders = [deciders.get(str(block)) for block in range(cut.plan.model.anatomy.depth)]
         self._fused = fused
+        rank = next((own.root.shape[1] for own in deciders.values() if isinstance(own, CurvatureMerge)), 0)
+        self.prices = WardPrices(rank).to(next(cut.network.parameters()).device)
 
     @property
     def fixed(self) -> bool:
@@ -163,49 +193,57 @@ class OneGraphViT(nn.Module):
         if isinstance(decider, ScoredCut):
             return self._scored(decider, projected, attention, tokens)
         if isinstance(decider, KeyMerge):
-            return self._linked(decider.cut, 1, wide(projected.key).mean(2), None, tokens, None)
-        curved = cast(CurvatureMerge, decider)
-        log_weight = _routed(curved.router, projected.normed, attention).clamp(-LARGEST_LOG_CURVATURE, LARGEST_LOG_CURVATURE)
-        points = wide(tokens.rows) @ wide(curved.root)
-        return self._linked(curved.cut, curved.rounds, points, curved.gamma * log_weight, tokens, curved.restoration)
+            return self._alike(decider.cut, projected, tokens)
+        return self._linked(cast(CurvatureMerge, decider), projected, attention, tokens)
 
-    def _linked(
-        self, cut: TokenCut, rounds: int, points: Tensor, log_weight: Tensor | None, tokens: Tokens, restoration: Restoration | None
-    ) -> Tokens:
-        """Merging in rounds: everything that is averaged is carried as a sum over what has merged, next to the sum of sizes.
+    def _alike(self, cut: TokenCut, projected: Projected, tokens: Tokens) -> Tokens:
+        """Merging by the likeness of keys."""
+        price, to = likeness_prices(wide(projected.key).mean(2)[:, self.plan.model.anatomy.prefix_tokens :])
+        return self._merged(self._round(cut, price, to, tokens.rows.shape[1], 0, 1, tokens.place), tokens, None)
 
-        By curvature where a ``log_weight`` says how much moving a token matters, by likeness otherwise. Prefix tokens go along.
-        """
-        prefix, width, rank = self.plan.model.anatomy.prefix_tokens, tokens.rows.shape[-1], points.shape[-1]
-        rows, size, place = wide(tokens.rows), tokens.size, tokens.place
-        length = [] if restoration is None else [rows.norm(dim=-1, keepdim=True)]
-        averaged = [points] if log_weight is None else [points, log_weight[..., None]]
-        one = torch.ones_like(rows[..., :1])
-        # First what later rounds do not read, then what is averaged, the number of members and the size.
-        sums = torch.cat([rows, *length, *averaged, one], -1)
-        sums = torch.cat([sums, one], -1) if size is None else torch.cat([sums[..., :-1] * size[..., None], one, size[..., None]], -1)
+    def _linked(self, curved: CurvatureMerge, projected: Projected, attention: Tensor | None, tokens: Tokens) -> Tokens:
+        """Merging by curvature in rounds: later ones price what earlier ones merged, rows move once."""
+        limit, cut, rounds, prices = LARGEST_LOG_CURVATURE * curved.gamma, curved.cut, curved.rounds, self.prices
+        size = None if tokens.size is None else tokens.size[..., None]
+        log_weight = _routed(curved.router, projected.normed, attention, curved.gamma).clamp(-limit, limit)
+        traits = prices.traits(wide(tokens.rows) @ wide(curved.root), log_weight, size)
+        merge, place = None, tokens.place
         for number in range(rounds):
             if cut.remove is not None and share(cut.remove, number, rounds) == 0:
                 break
-            if log_weight is None:
-                price, to = similarity_prices(points[:, prefix:])
-            else:
-                own = None if size is None else size[:, prefix:]
-                price, to = ward_prices_lean(points[:, prefix:], own, log_weight[:, prefix:].exp())
-            dearest = dearest_first(price)
-            stay = self._staying(cut, price, number, rounds, sums.shape[1])
-            sums, left = join(sums, dearest, to, stay, cut.remove is not None, prefix)
-            place = None if place is None else pick(place, left)  # a token that others join stays where it is
-            size = sums[..., -1]
+            price, to = prices(traits, self.plan.model.anatomy.prefix_tokens)
+            own = self._round(cut, price, to, traits.shape[1], number, rounds, place)
             if number + 1 < rounds:
-                means = sums[..., width + len(length) : -2] / size[..., None]
-                points, log_weight = means[..., :rank], means[..., -1]
-        assert size is not None
-        means = sums[..., : width + len(length)] / size[..., None]
-        merged = means[..., :width]
-        if restoration is not None:
-            merged = torch.where(sums[..., -2:-1] > 1, restoration(merged, means[..., width:]), merged)
-        return Tokens(merged.to(tokens.rows.dtype), size, place)
+                traits, size = prices.merged(traits, size, own.gathering(traits.dtype))
+            merge, place = own if merge is None else merge.then(own), own.place
+        assert merge is not None
+        return self._merged(merge, tokens, curved.restoration)
+
+    def _round(self, cut: TokenCut, price: Tensor, to: Tensor, tokens: int, number: int, rounds: int, place: Tensor | None) -> Merge:
+        """One round of matching, of so many ``tokens`` that began at ``place``."""
+        prefix, dearest = self.plan.model.anatomy.prefix_tokens, dearest_first(price)
+        stay = self._staying(cut, price, number, rounds, tokens)
+        if place is not None:  # a token that others join stays where it is
+            place = pick(place, stayers(dearest, stay, tokens, prefix))
+        return Merge(fates(dearest, to, stay, tokens, prefix), tokens - price.shape[1] + stay, place)
+
+    def _merged(self, merge: Merge, tokens: Tokens, restoration: Restoration | None) -> Tokens:
+        """Means of rows, weighted by sizes, that share a fate, and what they get back."""
+        rows, size = wide(tokens.rows), None if tokens.size is None else tokens.size[..., None]
+        gathering = merge.gathering(rows.dtype)
+        # Rows and what is beside them apart: together they are a little wider than what runtimes multiply fast, and are copied first.
+        beside = and_one(rows.norm(dim=-1, keepdim=True))
+        sums, beside = (gathering @ (own if size is None else own * size) for own in (rows, beside))
+        length, total = beside[..., :1], beside[..., 1:]
+        if restoration is None:
+            return Tokens((sums / total).to(tokens.rows.dtype), total[..., 0], merge.place)
+        joined = (total if size is None else gathering.sum(-1, keepdim=True)) > 1
+        factor = restoration.factor(sums.norm(dim=-1, keepdim=True) / total, length / total)
+        # Each row's factor, and that of the gain: one small product instead of a choice for every number.
+        each = torch.cat([torch.where(joined, factor, 1.0), torch.where(joined, factor, 0.0)], -1) / total
+        gain = restoration.gain.to(each.dtype)
+        mean = sums * (each @ torch.stack([torch.ones_like(gain), gain]))
+        return Tokens(mean.to(tokens.rows.dtype), total[..., 0], merge.place)
 
     def _staying(self, cut: TokenCut, price: Tensor, number: int, rounds: int, tokens: int, least: int = 0) -> int:
         """How many candidates stay, ``least`` at least: known, or for one image as its prices say."""
@@ -227,7 +265,7 @@ class OneGraphViT(nn.Module):
         prefix, score, cut = self.plan.model.anatomy.prefix_tokens, decider.score, decider.cut
         size = torch.ones_like(wide(tokens.rows[..., 0])) if tokens.size is None else tokens.size
         if isinstance(score, RoutedSensitivity):
-            price = _routed(score.router, projected.normed, attention).clamp_max(LARGEST_LOG_PRICE).exp() * size
+            price = _routed(score.router, projected.normed, attention)[..., 0].clamp_max(LARGEST_LOG_PRICE).exp() * size
         else:
             assert attention is not None
             price = attention.exp().mean(-1) * size
@@ -248,6 +286,14 @@ class OneGraphViT(nn.Module):
         sums = pick(own, kept) + arrives.to(own.dtype) @ own
         left = torch.cat([tokens.rows[:, :prefix], (sums[..., :-1] / sums[..., -1:]).to(tokens.rows.dtype)], 1)
         return Tokens(left, torch.cat([size[:, :prefix], sums[..., -1]], 1), place)
+
+
+def separated(cut: GraftedViT) -> GraftedViT:
+    """``cut`` itself, its blocks changed in place to what graphs are soonest made of (:meth:`~hesper.hosts.base.HostBlock.separate`)."""
+    for index, block in enumerate(cut.host.blocks):
+        decider: Any = dict(cut.deciders.items()).get(str(index))
+        block.separate(keys_read=decider is not None and decider.reads_keys)
+    return cut
 
 
 def compile_mode(name: str) -> str:
@@ -318,11 +364,11 @@ def _reader_attention(projected: Projected, mass: Tensor | None, log_size: Tenso
     return (share if log_size is None else share - log_size[:, :, 0]).transpose(1, 2)
 
 
-def _routed(router: Callable[..., Tensor], normed: Tensor, attention: Tensor | None) -> Tensor:
-    """A router's prediction ``[images, n]``, in single precision."""
+def _routed(router: Callable[..., Tensor], normed: Tensor, attention: Tensor | None, factor: float = 1.0) -> Tensor:
+    """``factor`` times a router's prediction ``[images, n, 1]``, in single precision."""
     own = cast(Any, router)
     assert attention is not None
+    direction, heads, offset = (factor * part.to(attention.dtype) for part in (own.direction, own.attention, own.offset))
     # As columns of matrices: a runtime multiplies by these sooner than by vectors.
-    seen: Tensor = wide(normed) @ own.direction.to(attention.dtype)[:, None] + attention @ own.attention.to(attention.dtype)[:, None]
-    own_offset: Tensor = own.offset.to(attention.dtype)
-    return (seen + own_offset)[..., 0]
+    seen: Tensor = wide(normed) @ direction[:, None] + attention @ heads[:, None]
+    return seen + offset

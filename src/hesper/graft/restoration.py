@@ -43,10 +43,14 @@ class Restoration(nn.Module):
 
     def forward(self, mean: Tensor, length: Tensor) -> Tensor:
         """``[..., width]`` from means ``[..., width]`` and mean lengths ``[..., 1]``."""
+        return mean * self.factor(mean.norm(dim=-1, keepdim=True), length) * (1 + self.gain)
+
+    def factor(self, norm: Tensor, length: Tensor) -> Tensor:
+        """(l / |m|)^stretch ``[..., 1]`` from |m| and l, each ``[..., 1]``."""
         # Where members cancel, what is left of them is rounding and has no direction to be stretched along.
         least = (length / MOST_STRETCHED).clamp_min(torch.finfo(length.dtype).tiny)
-        ratio = length.clamp_min(torch.finfo(length.dtype).tiny) / torch.maximum(mean.norm(dim=-1, keepdim=True), least)
-        return mean * ratio**self.stretch * (1 + self.gain)
+        ratio: Tensor = length.clamp_min(torch.finfo(length.dtype).tiny) / torch.maximum(norm, least)
+        return ratio**self.stretch
 
 
 def restored_mean(

@@ -62,10 +62,11 @@ class HostBlock(Protocol):
     def remove_heads(self, heads: Sequence[int]) -> None:
         """Take heads out of the weights for good, in place."""
 
-    def separate(self) -> None:
+    def separate(self, keys_read: bool) -> None:
         """Give queries, keys and values a linear layer each, in place, where one makes them all; the host's own forward is then lost.
 
-        Runtimes of exported graphs take longer to cut one product into three than to make three.
+        Runtimes of exported graphs take longer to cut one product into three than to make three. Biases that attention passes on go to the
+        layer behind it, and those of keys, which add as much to all logits of a query, nowhere, unless the keys themselves are read.
         """
 
     def without_heads(self, heads: Sequence[int]) -> HostBlock:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hesper.errors import UsageError
 from hesper.hosts.base import HostBlock, Projected
-from hesper.hosts.parts import kept_columns, linear_weights, mean, sliced, twin
+from hesper.hosts.parts import kept_columns, linear_weights, mean, passed_on, sliced, twin, unbiased
 from hesper.plan import Anatomy
 
 VITS = ("ViTForImageClassification", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher")
@@ -97,8 +97,12 @@ class HfBlock:
         attn.o_proj = sliced(attn.o_proj, columns=columns)
         attn.num_attention_heads = len(columns) // int(attn.head_dim)
 
-    def separate(self) -> None:
-        """Nothing: queries, keys and values have a linear layer each."""
+    def separate(self, keys_read: bool) -> None:
+        """Queries, keys and values have a linear layer each; give them the biases that are needed, in place."""
+        attn = self.attn
+        attn.v_proj, attn.o_proj = passed_on(attn.v_proj, attn.o_proj)
+        if not keys_read:
+            attn.k_proj = unbiased(attn.k_proj)
 
     def without_heads(self, heads: Sequence[int]) -> HostBlock:
         """A block like this one in which heads have left a copy of the attention weights."""

@@ -57,6 +57,34 @@ def thirds(linear: nn.Linear, bias: Tensor | None = None) -> tuple[nn.Linear, nn
     return first, second, third
 
 
+def passed_on(value: nn.Linear, out: nn.Linear) -> tuple[nn.Linear, nn.Linear]:
+    """Layers of the same effect, before and after attention, of which the second has the bias of both.
+
+    Attention averages, so what is added to all values is added to what comes out: out(sum_j a_j (v_j + b)) = out(sum_j a_j v_j) + W b.
+
+    >>> value, out, rows = nn.Linear(2, 3), nn.Linear(3, 2), torch.rand(4, 2)
+    >>> first, second = passed_on(value, out)
+    >>> first.bias is None, torch.allclose(second(first(rows).mean(0)), out(value(rows).mean(0)), atol=1e-6)
+    (True, True)
+    """
+    if value.bias is None:
+        return value, out
+    later, bias = sliced(out), out.weight.detach() @ value.bias.detach()
+    later.bias = nn.Parameter(bias if out.bias is None else bias + out.bias.detach(), requires_grad=out.weight.requires_grad)
+    return unbiased(value), later
+
+
+def unbiased(linear: nn.Linear) -> nn.Linear:
+    """A linear layer without the bias.
+
+    >>> unbiased(nn.Linear(2, 3)).bias is None
+    True
+    """
+    plain = sliced(linear)
+    plain.register_parameter("bias", None)
+    return plain
+
+
 def twin(taken_apart: Any, block: nn.Module, attention: nn.Module, *shared: object) -> Any:
     """A copy of a block that was taken apart, with an attention of its own; other submodules, and what is ``shared``, are the same.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hesper.errors import UsageError
 from hesper.hosts.base import HostBlock, Projected
-from hesper.hosts.parts import PARTS, kept_columns, sliced, thirds, twin
+from hesper.hosts.parts import PARTS, kept_columns, passed_on, sliced, thirds, twin
 from hesper.hosts.timm_ends import MLPS, anatomy_of, check_ends, check_same_shape, read_out
 
 
@@ -159,12 +159,17 @@ class TimmEvaBlock:
         if hasattr(attn, "attn_dim"):
             attn.num_kv_heads, attn.attn_dim, attn.kv_dim = len(self.kept), len(columns), len(columns)
 
-    def separate(self) -> None:
-        """Give queries, keys and values a linear layer each, in place, where they have none; timm's own forward is then lost."""
+    def separate(self, keys_read: bool) -> None:
+        """Give queries, keys and values a linear layer each, in place, where they have none; timm's own forward is then lost.
+
+        A bias of keys is turned with them and stays.
+        """
         attn = self.block.attn
         if attn.qkv is not None:
             attn.q_proj, attn.k_proj, attn.v_proj = thirds(attn.qkv, self._bias())
             attn.qkv = None
+        if isinstance(attn.norm, nn.Identity):
+            attn.v_proj, attn.proj = passed_on(attn.v_proj, attn.proj)
 
     def without_heads(self, heads: Sequence[int]) -> HostBlock:
         """A block like this one in which heads have left a copy of the attention weights; both read the same rotations."""

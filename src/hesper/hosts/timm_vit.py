@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hesper.errors import UsageError
 from hesper.hosts.base import HostBlock, Projected
-from hesper.hosts.parts import PARTS, kept_columns, sliced, thirds, twin
+from hesper.hosts.parts import PARTS, kept_columns, passed_on, sliced, thirds, twin, unbiased
 from hesper.hosts.timm_ends import MLPS, anatomy_of, check_ends, check_same_shape, read_out
 
 
@@ -93,12 +93,16 @@ class TimmBlock:
         attn.num_heads = len(columns) // attn.head_dim
         attn.attn_dim = len(columns)
 
-    def separate(self) -> None:
-        """Give queries, keys and values a linear layer each, in place; timm's own forward is then lost."""
+    def separate(self, keys_read: bool) -> None:
+        """Give queries, keys and values a linear layer each, in place, with the biases that are needed; timm's own forward is then lost."""
         attn = self.block.attn
         if attn.qkv is not None:
             attn.q_proj, attn.k_proj, attn.v_proj = thirds(attn.qkv)
             attn.qkv = None
+        if isinstance(attn.norm, nn.Identity):
+            attn.v_proj, attn.proj = passed_on(attn.v_proj, attn.proj)
+        if isinstance(attn.k_norm, nn.Identity) and not keys_read:
+            attn.k_proj = unbiased(attn.k_proj)
 
     def without_heads(self, heads: Sequence[int]) -> HostBlock:
         """A block like this one in which heads have left a copy of the attention weights."""
