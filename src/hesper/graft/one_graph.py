@@ -370,5 +370,5 @@ def _routed(router: Callable[..., Tensor], normed: Tensor, attention: Tensor | N
     assert attention is not None
     direction, heads, offset = (factor * part.to(attention.dtype) for part in (own.direction, own.attention, own.offset))
     # As columns of matrices: a runtime multiplies by these sooner than by vectors.
-    seen: Tensor = wide(normed) @ direction[:, None] + attention @ heads[:, None]
-    return seen + offset
+    predicted: Tensor = wide(normed) @ direction[:, None] + attention @ heads[:, None] + offset
+    return predicted
