@@ -35,6 +35,15 @@ def test_times_are_those_of_the_clock_without_warm_up_and_in_turns() -> None:
     assert found.seconds == (11.5, 5.5) and found.ratio == (11 / 5 + 12 / 6) / 2
 
 
+def test_what_comes_before_a_turn_is_not_timed() -> None:
+    bench = Bench(lambda n: 8.0, lambda n: 2.0)
+    turns = take_turns(
+        {"a": bench.a, "b": bench.b}, rounds=3, warmup=0, before=lambda name: {"a": bench.a, "b": bench.b}[name](), clock=bench.clock
+    )
+    assert bench.calls == "aabb" + "bbaa" + "bbaa"
+    assert turns.seconds == {"a": (8.0,) * 3, "b": (2.0,) * 3}
+
+
 def test_several_jobs_take_turns_and_any_two_are_compared() -> None:
     calls: list[str] = []
     ticks = iter(range(10**6))

@@ -65,6 +65,7 @@ def take_turns(
     *,
     rounds: int,
     warmup: int,
+    before: Callable[[str], object] | None = None,
     synchronise: Callable[[], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[int], None] | None = None,
@@ -75,6 +76,7 @@ def take_turns(
         jobs: by name.
         rounds: timed runs of each; at least 3.
         warmup: untimed runs of each beforehand.
+        before: told whose turn it is, outside the timed parts.
         synchronise: waits until the device is idle, such as ``torch.cuda.synchronize``; called before every look at the clock.
         clock: seconds that only grow.
         progress: told the number of finished rounds, outside the timed parts.
@@ -101,6 +103,8 @@ def take_turns(
         first = number // 2 % len(names)
         order = names[first:] + names[:first]
         for name in order if number % 2 == 0 else reversed(order):
+            if before:
+                before(name)
             wait()
             started = clock()
             jobs[name]()

@@ -1,0 +1,46 @@
+"""Calls of a model in a bench: which batch each takes, and what runs before a turn."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from hesper.benchmark.child import COMES_BACK, Calls
+
+
+class Model:
+    """Remembers which batches it was given, and takes its time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.seen = seconds, []
+
+    def __call__(self, batch: Tensor) -> None:
+        time.sleep(self.seconds)
+        self.seen.append(int(batch))
+
+
+def calls_of(seconds: float) -> tuple[Model, Calls]:
+    model = Model(seconds)
+    return model, Calls(model, [torch.tensor(number) for number in range(3)])
+
+
+def test_every_call_takes_the_next_batch_however_often_it_comes_back() -> None:
+    model, calls = calls_of(COMES_BACK / 5)
+    for number in range(4):
+        model.seen.clear()
+        calls.come_back(lambda: None)
+        assert len(model.seen) > 2
+        calls()
+        assert set(model.seen) == {number % 3}
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+def test_long_calls_come_back_once_to_learn_that_they_are_long(turns: int) -> None:
+    model, calls = calls_of(COMES_BACK * 1.2)
+    for _ in range(turns):
+        calls.come_back(lambda: None)
+        calls()
+    assert model.seen == [0, *range(turns)]
