@@ -223,3 +223,15 @@ def test_powers_that_learn_get_their_gradient() -> None:
         slopes.append(torch.autograd.grad(model(images).square().sum(), power)[0])
     assert slopes[0].abs().sum() > 0
     torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-6)
+
+
+def test_places_are_counted_exactly_under_autocast() -> None:
+    """Halves have no numbers of their own for places above 256: two tokens would stand at one."""
+    cut = cut_of(vit("plain", img_size=(160, 160)), "kl", "merge", remove=60)
+    graph = OneGraphViT(cut)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = graph.begin(torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0)))
+        for block in range(3):
+            tokens = graph.through(block, tokens)
+    assert tokens.size is not None and tokens.size.shape[1] < 401
+    assert tokens.size.sum(1).tolist() == [401, 401]

@@ -44,28 +44,20 @@ class Calls:
 
     def __init__(self, model: Callable[[Tensor], object], batches: Sequence[Tensor]) -> None:
         self.model, self.batches, self.done = model, batches, 0
-        self._long = False
 
     def __call__(self) -> None:
         """The next call."""
-        self._run()
+        self.model(self.batches[self.done % len(self.batches)])
         self.done += 1
 
     def come_back(self, wait: Callable[[], None]) -> None:
-        """Run the batch of the next call for a while, as if no other model had run before it.
-
-        Another model drives a small one's data out of the caches, which costs every call of a few milliseconds half of one. A call that is
-        longer than the while brings them back itself.
-        """
+        """Run the batch of the last call again for a while, once at least, as if no other model had run before the next."""
         start = time.perf_counter()
-        while not self._long and time.perf_counter() - start < COMES_BACK:
-            began = time.perf_counter()
-            self._run()
+        while True:
+            self.model(self.batches[(self.done - 1) % len(self.batches)])
             wait()
-            self._long = time.perf_counter() - began > COMES_BACK
-
-    def _run(self) -> None:
-        self.model(self.batches[self.done % len(self.batches)])
+            if time.perf_counter() - start >= COMES_BACK:
+                return
 
 
 def main() -> None:
@@ -140,11 +132,12 @@ def _times(
     warm = settle(jobs, least_seconds=LEAST_WARMUP, synchronise=wait)
     tell("settled", rounds=warm.rounds, settled=warm.settled)
     jobs = {name: Calls(each.model, images[name]) for name, each in opened.items()}  # both begin with the same batch again
+    short = min(warm.seconds.values()) < COMES_BACK  # then all come back, so that no model is timed in another state than its baseline
     turns = take_turns(
         jobs,
         rounds=request.rounds,
         warmup=0,
-        before=lambda name: jobs[name].come_back(wait),
+        before=(lambda name: jobs[name].come_back(wait)) if short else None,
         synchronise=wait,
         progress=lambda count: tell("round", count=count),
     )

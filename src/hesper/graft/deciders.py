@@ -15,6 +15,7 @@ from hesper.graft.decision import Decision
 from hesper.graft.even import EvenDecision
 from hesper.graft.layout import Layout
 from hesper.graft.linkage import Points, evenly_paired, link, paired
+from hesper.graft.matching import WardPrices
 from hesper.graft.restoration import Restoration
 from hesper.graft.tokens import INFINITY, cheapest, in_steps, similarity_prices
 from hesper.plan import TokenCut
@@ -118,6 +119,7 @@ class CurvatureMerge(nn.Module):
         self.register_buffer("root", weights["root"].clone())
         self.router = Router(weights)
         self.restoration = Restoration(self.root.shape[0], weights)
+        self.graph_prices = WardPrices(self.root.shape[1])
 
     def points(self, state: State) -> Points:
         """Where every token lies, and how much moving it matters."""

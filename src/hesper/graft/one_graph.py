@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -22,7 +23,6 @@ from hesper.graft.deciders import (
 )
 from hesper.graft.linkage import share
 from hesper.graft.matching import (
-    WardPrices,
     and_one,
     ascending,
     dearest_first,
@@ -88,7 +88,8 @@ class OneGraphViT(nn.Module):
     """``model(images)`` gives the logits of ``cut(images)``, in operators that graphs have; tokens are not packed.
 
     Plans of fixed counts take any number of images; where counts adapt, one image at a time. Images are taken, and logits given, in the
-    same precision, whatever that of the weights; decisions are taken in single precision.
+    same precision, whatever that of the weights; decisions are taken in single precision. Rows are added up by a product with zeros and
+    ones, which no count of multiply-accumulates holds; where products are shortened (TF32) it shortens the rows that nothing joins, too.
 
     Args:
         cut: the model to run; its parts are shared.
@@ -118,8 +119,6 @@ class OneGraphViT(nn.Module):
         deciders = dict(cut.deciders.items())
         self._deciders = [deciders.get(str(block)) for block in range(cut.plan.model.anatomy.depth)]
         self._fused = fused
-        rank = next((own.root.shape[1] for own in deciders.values() if isinstance(own, CurvatureMerge)), 0)
-        self.prices = WardPrices(rank).to(next(cut.network.parameters()).device)
 
     @property
     def fixed(self) -> bool:
@@ -190,11 +189,12 @@ class OneGraphViT(nn.Module):
 
     def _decide(self, decider: nn.Module, projected: Projected, attention: Tensor | None, tokens: Tokens) -> Tokens:
         """What the block's decider lets go, in single precision."""
-        if isinstance(decider, ScoredCut):
-            return self._scored(decider, projected, attention, tokens)
-        if isinstance(decider, KeyMerge):
-            return self._alike(decider.cut, projected, tokens)
-        return self._linked(cast(CurvatureMerge, decider), projected, attention, tokens)
+        with _without_autocast(tokens.rows.device.type):
+            if isinstance(decider, ScoredCut):
+                return self._scored(decider, projected, attention, tokens)
+            if isinstance(decider, KeyMerge):
+                return self._alike(decider.cut, projected, tokens)
+            return self._linked(cast(CurvatureMerge, decider), projected, attention, tokens)
 
     def _alike(self, cut: TokenCut, projected: Projected, tokens: Tokens) -> Tokens:
         """Merging by the likeness of keys."""
@@ -203,7 +203,8 @@ class OneGraphViT(nn.Module):
 
     def _linked(self, curved: CurvatureMerge, projected: Projected, attention: Tensor | None, tokens: Tokens) -> Tokens:
         """Merging by curvature in rounds: later ones price what earlier ones merged, rows move once."""
-        limit, cut, rounds, prices = LARGEST_LOG_CURVATURE * curved.gamma, curved.cut, curved.rounds, self.prices
+        cut, rounds, prices = curved.cut, curved.rounds, curved.graph_prices
+        limit = min(LARGEST_LOG_CURVATURE * curved.gamma, LARGEST_LOG_PRICE)  # an infinite weight would meet a zero in the products
         size = None if tokens.size is None else tokens.size[..., None]
         log_weight = _routed(curved.router, projected.normed, attention, curved.gamma).clamp(-limit, limit)
         traits = prices.traits(wide(tokens.rows) @ wide(curved.root), log_weight, size)
@@ -230,14 +231,14 @@ class OneGraphViT(nn.Module):
     def _merged(self, merge: Merge, tokens: Tokens, restoration: Restoration | None) -> Tokens:
         """Means of rows, weighted by sizes, that share a fate, and what they get back."""
         rows, size = wide(tokens.rows), None if tokens.size is None else tokens.size[..., None]
-        gathering = merge.gathering(rows.dtype)
+        add_up, one = merge.gathering(rows.dtype), torch.ones_like(rows[..., :1])
         # Rows and what is beside them apart: together they are a little wider than what runtimes multiply fast, and are copied first.
-        beside = and_one(rows.norm(dim=-1, keepdim=True))
-        sums, beside = (gathering @ (own if size is None else own * size) for own in (rows, beside))
-        length, total = beside[..., :1], beside[..., 1:]
+        beside = one if restoration is None else and_one(rows.norm(dim=-1, keepdim=True))
+        sums, beside = (add_up @ (own if size is None else own * size) for own in (rows, beside))
+        length, total = beside[..., :1], beside[..., -1:]
         if restoration is None:
             return Tokens((sums / total).to(tokens.rows.dtype), total[..., 0], merge.place)
-        joined = (total if size is None else gathering.sum(-1, keepdim=True)) > 1
+        joined = (total if size is None else add_up.sum(-1, keepdim=True)) > 1
         factor = restoration.factor(sums.norm(dim=-1, keepdim=True) / total, length / total)
         # Each row's factor, and that of the gain: one small product instead of a choice for every number.
         each = torch.cat([torch.where(joined, factor, 1.0), torch.where(joined, factor, 0.0)], -1) / total
@@ -290,9 +291,11 @@ class OneGraphViT(nn.Module):
 
 def separated(cut: GraftedViT) -> GraftedViT:
     """``cut`` itself, its blocks changed in place to what graphs are soonest made of (:meth:`~hesper.hosts.base.HostBlock.separate`)."""
-    for index, block in enumerate(cut.host.blocks):
-        decider: Any = dict(cut.deciders.items()).get(str(index))
-        block.separate(keys_read=decider is not None and decider.reads_keys)
+    blocks = cut.host.blocks
+    # By their modules, which blocks may share.
+    read = {id(blocks[int(index)].attention) for index, decider in cut.deciders.items() if cast(Any, decider).reads_keys}
+    for block in blocks:
+        block.separate(keys_read=id(block.attention) in read)
     return cut
 
 
@@ -333,6 +336,11 @@ def _as_one_graph(cut: GraftedViT) -> OneGraphViT | None:
     except UsageError:
         return None
     return graph if graph.fixed else None
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Products count tokens here, which halves cannot; graphs that are exported without autocast need not hear of it."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def _attend(projected: Projected, log_size: Tensor | None, scale: float, fused: bool) -> tuple[Tensor, Tensor | None]:

@@ -66,7 +66,7 @@ class HostBlock(Protocol):
         """Give queries, keys and values a linear layer each, in place, where one makes them all; the host's own forward is then lost.
 
         Runtimes of exported graphs take longer to cut one product into three than to make three. Biases that attention passes on go to the
-        layer behind it, and those of keys, which add as much to all logits of a query, nowhere, unless the keys themselves are read.
+        layer behind it, and those of keys, where they add as much to all logits of a query, nowhere, unless the keys themselves are read.
         """
 
     def without_heads(self, heads: Sequence[int]) -> HostBlock:

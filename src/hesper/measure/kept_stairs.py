@@ -20,7 +20,7 @@ from hesper.runs import write_text
 
 __all__ = ["folder_of_stairs", "kept_or_measured"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 def folder_of_stairs() -> Path | None:

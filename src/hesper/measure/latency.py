@@ -33,10 +33,11 @@ class Latency:
 
 @dataclass(frozen=True)
 class Warmup:
-    """How many rounds of all jobs ran untimed, and whether every job's times had settled by then."""
+    """How many rounds of all jobs ran untimed, whether every job's times had settled by then, and each one's median ``seconds`` at last."""
 
     rounds: int
     settled: bool
+    seconds: Mapping[str, float]
 
 
 def latency(seconds: tuple[float, ...]) -> Latency:
@@ -91,8 +92,9 @@ def settle(
             seconds[name].append(clock() - started)
         rounds += 1
         if clock() - begun >= least_seconds and all(_still(each) for each in seconds.values()):
-            return Warmup(rounds, True)
-    return Warmup(rounds, all(_still(each) for each in seconds.values()))
+            break
+    still = all(_still(each) for each in seconds.values())
+    return Warmup(rounds, still, {name: float(np.median(each[-WINDOW:])) for name, each in seconds.items()})
 
 
 def _still(seconds: list[float]) -> bool:
