@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hesper.graft.matching import WardPrices, fates, gathering, likeness_prices, pick, stayers
-from hesper.graft.tokens import similarity_prices, ward_prices
+from hesper.graft.matching import WardPrices, fates, gathering, pick, stayers
+from hesper.graft.tokens import ward_prices
 
 
 @given(st.integers(1, 3), st.integers(2, 9), st.integers(0, 2), st.integers(0, 10**6), st.data())
@@ -38,15 +38,6 @@ def test_prices_are_those_of_the_packed_model(sized: bool, images: int, tokens: 
     price, to = prices(prices.traits(points, log_weight, size), prefix)
     patches, weight, many = (own[:, prefix:] for own in (points, log_weight.exp(), torch.ones_like(log_weight) if size is None else size))
     expected, where = ward_prices(patches, many[..., 0], weight[..., 0])
-    torch.testing.assert_close(price, expected)
-    assert torch.equal(to * 2, where)
-
-
-@given(st.integers(1, 3), st.integers(2, 12), st.integers(0, 10**6))
-def test_likeness_is_that_of_the_packed_model(images: int, tokens: int, seed: int) -> None:
-    points = torch.randn(images, tokens, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    price, to = likeness_prices(points)
-    expected, where = similarity_prices(points)
     torch.testing.assert_close(price, expected)
     assert torch.equal(to * 2, where)
 

@@ -235,3 +235,23 @@ def test_places_are_counted_exactly_under_autocast() -> None:
             tokens = graph.through(block, tokens)
     assert tokens.size is not None and tokens.size.shape[1] < 401
     assert tokens.size.sum(1).tolist() == [401, 401]
+
+
+def test_shared_keys_are_read_by_whichever_block_reads_them() -> None:
+    """The first of two blocks of one attention reads no keys, the second does."""
+    double = torch.float64
+    model = vit("plain", double)
+    model.blocks[1].attn = model.blocks[0].attn
+    cut, images = graft(model, plan_for(model, cuts_of("merge", [1], remove=4), "tome"), tables(model)), pictures(3, double)
+    with torch.no_grad():
+        expected = cut(images)
+        torch.testing.assert_close(OneGraphViT(separated(cut))(images), expected, rtol=1e-9, atol=1e-9)
+    assert cut.host.blocks[0].attention.k_proj.bias is not None and cut.host.blocks[2].attention.k_proj.bias is None
+
+
+def test_weights_beyond_all_numbers_are_cut_short() -> None:
+    cut = cut_of(vit("plain"), "kl", "merge", remove=4)
+    for decider in cut.deciders.values():
+        decider.gamma = 100.0  # type: ignore[assignment]  # e to the 600 is no number
+    with torch.no_grad():
+        assert OneGraphViT(cut)(pictures(3)).isfinite().all()

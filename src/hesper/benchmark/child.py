@@ -26,7 +26,7 @@ from hesper.benchmark.subject import Opened, images_for, open_subject
 from hesper.device import lacks_memory, use_device
 from hesper.errors import HesperError
 from hesper.measure.latency import settle
-from hesper.measure.timing import take_turns
+from hesper.measure.timing import Turns, take_turns
 from hesper.precision import use_precision
 
 __all__ = ["GO", "main"]
@@ -132,15 +132,7 @@ def _times(
     warm = settle(jobs, least_seconds=LEAST_WARMUP, synchronise=wait)
     tell("settled", rounds=warm.rounds, settled=warm.settled)
     jobs = {name: Calls(each.model, images[name]) for name, each in opened.items()}  # both begin with the same batch again
-    short = min(warm.seconds.values()) < COMES_BACK  # then all come back, so that no model is timed in another state than its baseline
-    turns = take_turns(
-        jobs,
-        rounds=request.rounds,
-        warmup=0,
-        before=(lambda name: jobs[name].come_back(wait)) if short else None,
-        synchronise=wait,
-        progress=lambda count: tell("round", count=count),
-    )
+    turns = timed(jobs, warm.seconds, request.rounds, wait, lambda count: tell("round", count=count))
     macs = {name: _macs(each, images[name], request.rounds) for name, each in opened.items()}
     tell("times", seconds=dict(turns.seconds), macs=macs, threads=torch.get_num_threads())
     if request.stretches:
@@ -150,6 +142,19 @@ def _times(
         for _ in range(request.stretches):
             for name, job in jobs.items():
                 tell("stretch", subject=name, **_stretch(job, request.stretch_seconds, wait, request.batch_size))
+
+
+def timed(
+    jobs: Mapping[str, Calls],
+    usual: Mapping[str, float],
+    rounds: int,
+    wait: Callable[[], None],
+    progress: Callable[[int], None] | None = None,
+) -> Turns:
+    """All jobs in turns; where the ``usual`` call of one is short all come back, so that none is timed in another state than the rest."""
+    short = min(usual.values()) < COMES_BACK
+    before = (lambda name: jobs[name].come_back(wait)) if short else None
+    return take_turns(jobs, rounds=rounds, warmup=0, before=before, synchronise=wait, progress=progress)
 
 
 def _macs(opened: Opened, images: Sequence[Tensor], rounds: int) -> float:

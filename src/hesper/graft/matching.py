@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["WardPrices", "and_one", "ascending", "dearest_first", "fates", "gathering", "likeness_prices", "pick", "ranks", "stayers"]
+__all__ = ["WardPrices", "and_one", "ascending", "dearest_first", "fates", "gathering", "pick", "ranks", "stayers"]
 
 
 def pick(values: Tensor, where: Tensor) -> Tensor:
@@ -129,17 +129,6 @@ def _both(trait: int, one: int, factor: float) -> Tensor:
 def and_one(columns: Tensor) -> Tensor:
     """``columns`` ``[..., c]`` and one more, of ones."""
     return nn.functional.pad(columns, (0, 1), value=1.0)
-
-
-def likeness_prices(points: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`hesper.graft.tokens.similarity_prices`, of tokens that are all there, and as :class:`WardPrices` says where.
-
-    >>> likeness_prices(torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]]))[1].tolist()
-    [[1]]
-    """
-    unit = nn.functional.normalize(points, dim=-1)
-    price, to = (1 - unit[:, 1::2] @ unit[:, ::2].transpose(-2, -1)).min(-1)
-    return price, to
 
 
 def fates(dearest: Tensor, to: Tensor, stay: int, tokens: int, prefix: int = 0) -> Tensor:

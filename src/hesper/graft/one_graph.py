@@ -28,14 +28,13 @@ from hesper.graft.matching import (
     dearest_first,
     fates,
     gathering,
-    likeness_prices,
     pick,
     ranks,
     stayers,
 )
 from hesper.graft.ragged import HALVES
 from hesper.graft.restoration import Restoration
-from hesper.graft.tokens import INFINITY
+from hesper.graft.tokens import INFINITY, alternate_unlikeness
 from hesper.hosts.base import HostBlock, Projected
 from hesper.plan import TokenCut
 from hesper.precision import wide
@@ -198,7 +197,7 @@ class OneGraphViT(nn.Module):
 
     def _alike(self, cut: TokenCut, projected: Projected, tokens: Tokens) -> Tokens:
         """Merging by the likeness of keys."""
-        price, to = likeness_prices(wide(projected.key).mean(2)[:, self.plan.model.anatomy.prefix_tokens :])
+        price, to = alternate_unlikeness(wide(projected.key).mean(2)[:, self.plan.model.anatomy.prefix_tokens :]).min(-1)
         return self._merged(self._round(cut, price, to, tokens.rows.shape[1], 0, 1, tokens.place), tokens, None)
 
     def _linked(self, curved: CurvatureMerge, projected: Projected, attention: Tensor | None, tokens: Tokens) -> Tokens:

@@ -61,10 +61,15 @@ def similarity_prices(points: Tensor, gaps: Tensor | None = None) -> tuple[Tenso
         >>> price.tolist(), to.tolist()
         ([[0.0]], [[2]])
     """
-    unit = torch.nn.functional.normalize(points, dim=-1)
-    cost = 1 - unit[:, 1::2] @ unit[:, ::2].transpose(-2, -1)
+    cost = alternate_unlikeness(points)
     price, to = (cost if gaps is None else cost.masked_fill_(gaps[:, None, ::2], INFINITY)).min(-1)
     return _present(price, gaps), to * 2
+
+
+def alternate_unlikeness(points: Tensor) -> Tensor:
+    """One minus the cosine of odd to even rows, ``[images, odd, even]``."""
+    unit = torch.nn.functional.normalize(points, dim=-1)
+    return 1 - unit[:, 1::2] @ unit[:, ::2].transpose(-2, -1)
 
 
 def _present(price: Tensor, gaps: Tensor | None) -> Tensor:
