@@ -203,7 +203,9 @@ class OneGraphViT(nn.Module):
     def _linked(self, curved: CurvatureMerge, projected: Projected, attention: Tensor | None, tokens: Tokens) -> Tokens:
         """Merging by curvature in rounds: later ones price what earlier ones merged, rows move once."""
         cut, rounds, prices = curved.cut, curved.rounds, curved.graph_prices
-        limit = min(LARGEST_LOG_CURVATURE * curved.gamma, LARGEST_LOG_PRICE)  # an infinite weight would meet a zero in the products
+        limit = min(
+            LARGEST_LOG_CURVATURE * curved.gamma, LARGEST_LOG_PRICE / 2
+        )  # times distances still a number: infinity times zero is none
         size = None if tokens.size is None else tokens.size[..., None]
         log_weight = _routed(curved.router, projected.normed, attention, curved.gamma).clamp(-limit, limit)
         traits = prices.traits(wide(tokens.rows) @ wide(curved.root), log_weight, size)
